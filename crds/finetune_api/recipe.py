@@ -1,0 +1,245 @@
+"""The recipe: what to train. The trainer reads it (as JSON in FINETUNE_JOB) and nothing else of the resource.
+
+Defaults stand here and nowhere else; the API server writes them into stored objects, so that an old object keeps its meaning.
+"""
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from finetune_api.base import Cel, Model
+from finetune_api.names import CHECKPOINTS_DIR
+
+MODEL_URI = r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9._/-]+)?|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+|file:///.+)$"
+DATA_URI = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|file:///.+)$"
+STORAGE_URI = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+|file:///.+)$"
+DATA_FILE = r"^[A-Za-z0-9_][A-Za-z0-9._/-]*\.(csv|jsonl)$"
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+StorageUri = Annotated[str, StringConstraints(pattern=STORAGE_URI, max_length=1024)]
+DataFile = Annotated[str, StringConstraints(pattern=DATA_FILE, max_length=253)]
+
+
+class Task(StrEnum):
+    """What the model learns to do."""
+
+    SEQUENCE_CLASSIFICATION = "SequenceClassification"
+
+
+class ModelSource(Model):
+    """The pretrained model to start from."""
+
+    uri: Annotated[str, StringConstraints(pattern=MODEL_URI, max_length=1024)]
+    """Where the model is: hf://org/name[@revision], s3://bucket/prefix or file:///path (a path inside the pod). hf:// looks
+    first in the mirror (FINETUNE_MODEL_MIRROR), then at the hub."""
+
+
+class Dataset(Model):
+    """The labelled examples: csv (with a header line) or jsonl (one object per line), in UTF-8."""
+
+    uri: Annotated[str, StringConstraints(pattern=DATA_URI, max_length=1024)]
+    """Folder that holds the files: s3://bucket/prefix or file:///path (a path inside the pod)."""
+    train: DataFile = "train.csv"
+    """File to train on, relative to uri."""
+    validation: DataFile = "validation.csv"
+    """File that selects the best model and decides on early stopping, relative to uri."""
+    test: DataFile | None = None
+    """File that the final model is scored on, once, relative to uri. Without it there are no test metrics."""
+    text_column: Column = "text"
+    """Column with the text."""
+    label_column: Column = "label"
+    """Column with the label."""
+    labels: Annotated[list[Label], Field(min_length=2, max_length=1000)]
+    """All labels; their order gives their ids. A row with another label is an error that names the row."""
+    max_length: Annotated[int, Field(ge=8, le=32768)] = 256
+    """Longest text in tokens; the rest of a longer text is cut off (the share of cut texts is logged)."""
+
+    cel: ClassVar[tuple[Cel, ...]] = (
+        Cel(
+            "self.textColumn != self.labelColumn",
+            "textColumn and labelColumn must be different columns",
+            ".labelColumn",
+        ),
+        Cel("self.train != self.validation", "train and validation must be different files", ".validation"),
+        Cel(
+            "!has(self.test) || (self.test != self.train && self.test != self.validation)",
+            "test must be a different file than train and validation",
+            ".test",
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels: each label may be listed once")
+        if self.text_column == self.label_column:
+            raise ValueError("labelColumn: textColumn and labelColumn must be different columns")
+        if self.train == self.validation:
+            raise ValueError("validation: train and validation must be different files")
+        if self.test in (self.train, self.validation):
+            raise ValueError("test: test must be a different file than train and validation")
+        return self
+
+
+class Dropout(Model):
+    """Dropout rates by role; each is set on the model's configuration before it is built. Unset keeps the model's own rate."""
+
+    hidden: Share | None = None
+    """Rate after embeddings and in residual branches."""
+    attention: Share | None = None
+    """Rate on attention probabilities."""
+    classifier: Share | None = None
+    """Rate before the classification head."""
+
+
+class ScheduleType(StrEnum):
+    """How the learning rate moves after warm-up."""
+
+    CONSTANT = "Constant"
+    LINEAR = "Linear"
+
+
+class Schedule(Model):
+    """The learning-rate schedule."""
+
+    type: ScheduleType = ScheduleType.LINEAR
+    """Constant keeps the rate; Linear falls to zero at the last step."""
+    warmup: Annotated[float, Field(ge=0, le=10_000_000)] = 0.06
+    """Steps over which the rate rises from zero: below 1 a share of all steps, from 1 on a number of steps."""
+
+    cel: ClassVar[tuple[Cel, ...]] = (
+        Cel(
+            "self.warmup < 1.0 || self.warmup == double(int(self.warmup))",
+            "warmup must be a share below 1 or a whole number of steps",
+            ".warmup",
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> Self:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError("warmup: must be a share below 1 or a whole number of steps")
+        return self
+
+
+class EarlyStopping(Model):
+    """Ends training when the metric evaluation.bestMetric no longer improves."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Evaluations in a row without an improvement before training ends."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest change that counts as an improvement, in units of the metric."""
+
+
+class Hyperparameters(Model):
+    """How to train. The optimizer is AdamW (Loshchilov and Hutter, 2019) with beta (0.9, 0.999)."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Peak learning rate. Default by model size: 2e-4 below 50M parameters, 5e-5 below 200M, 2e-5 above; the value used is in
+    result.json."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
+    """Examples per optimizer step, over all processes."""
+    epochs: Annotated[int, Field(ge=1, le=10000)] = 3
+    """Passes over the training data, at most."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    """Decoupled weight decay; biases and normalisation weights are never decayed."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm when theirs is larger."""
+    dropout: Dropout = Dropout()
+    """Dropout rates."""
+    schedule: Schedule = Schedule()
+    """Learning-rate schedule."""
+    early_stopping: EarlyStopping | None = None
+    """Early stopping; without it all epochs are trained. The best model is restored either way."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
+    """Seed of head initialisation, batch order and dropout."""
+
+
+class Metric(StrEnum):
+    """Metrics of a classification on the validation data."""
+
+    MACRO_F1 = "macro_f1"
+    ACCURACY = "accuracy"
+    MACRO_RECALL = "macro_recall"
+    LOSS = "loss"
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self is not Metric.LOSS
+
+
+class EvaluationPolicy(Model):
+    """When to evaluate on the validation data, and what decides."""
+
+    every_epochs: Annotated[int, Field(ge=1, le=10000)] | None = None
+    """Evaluate after every so many epochs. Default 1, unless everySteps is set."""
+    every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Evaluate after every so many optimizer steps (and at the end)."""
+    best_metric: Metric = Metric.MACRO_F1
+    """Metric that selects the best model and drives early stopping."""
+
+    cel: ClassVar[tuple[Cel, ...]] = (
+        Cel("!(has(self.everyEpochs) && has(self.everySteps))", "set everyEpochs or everySteps, not both", ".everySteps"),
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError("everySteps: set everyEpochs or everySteps, not both")
+        return self
+
+
+class CheckpointPolicy(Model):
+    """When training state is saved, and where."""
+
+    storage_uri: StorageUri | None = None
+    """Where checkpoints are: s3://bucket/prefix or file:///path. Default: `checkpoints` below output.storageUri."""
+    every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Save after every so many optimizer steps. Default: after every evaluation."""
+    keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
+    """How many of the newest checkpoints are kept."""
+    save_deadline_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
+    """Time the trainer has to save when it is asked to end (suspend, stop, drain): the pod's termination grace period."""
+
+
+class Output(Model):
+    """Where the result goes."""
+
+    storage_uri: StorageUri
+    """Receives model/, result.json and logs/: s3://bucket/prefix or file:///path."""
+    overwrite: bool = False
+    """What to do when the output already holds the result of another recipe: false fails, true replaces it. A result of the same
+    recipe always ends the job as AlreadyCompleted, without training."""
+
+
+class Recipe(Model):
+    """What to train: the part of a FineTuneJob's spec that the trainer reads."""
+
+    task: Task
+    """What the model learns to do."""
+    model: ModelSource
+    """The pretrained model to start from."""
+    dataset: Dataset
+    """The labelled examples."""
+    hyperparameters: Hyperparameters = Hyperparameters()
+    """How to train."""
+    evaluation: EvaluationPolicy = EvaluationPolicy()
+    """When to evaluate, and which metric decides."""
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    """When training state is saved, and where."""
+    output: Output
+    """Where the result goes."""
+
+    @property
+    def checkpoint_uri(self) -> str:
+        return self.checkpoint.storage_uri or f"{self.output.storage_uri.rstrip('/')}/{CHECKPOINTS_DIR}"
+
+    def digest(self) -> str:
+        """sha256 (hex) of what decides the trained weights; where things are saved is not part of it."""
+        what = self.model_dump(mode="json", by_alias=True, include={"task", "model", "dataset", "hyperparameters", "evaluation"})
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

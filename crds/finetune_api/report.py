@@ -1,0 +1,87 @@
+"""What the trainer tells the operator, in three ways that carry the same facts.
+
+While it trains: a POST in Kubeflow's wire protocol (ProgressReport). When it ends: the termination message (EndReport), which
+the kubelet keeps in the pod's status. For people and for a re-created job: result.json beside the model (ResultFile).
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, StringConstraints
+
+from finetune_api.base import Model
+from finetune_api.finetunejob import CheckpointStatus, Evaluation, Result, TrainerStatus
+
+MAX_TERMINATION_BYTES = 4000
+"""The kubelet keeps 4,096 bytes of a termination message."""
+MAX_PROGRESS_BYTES = 64 * 1024
+
+
+class ProgressReport(Model):
+    """Body of the progress POST. Kubeflow's own clients send trainerStatus alone; unknown keys of theirs are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    trainer_status: TrainerStatus | None = None
+    evaluations: Annotated[list[Evaluation], Field(max_length=64)] = []
+    checkpoint: CheckpointStatus | None = None
+    resumed_from: CheckpointStatus | None = None
+
+
+class Outcome(StrEnum):
+    """How a trainer process ended."""
+
+    COMPLETE = "Complete"
+    ALREADY_COMPLETED = "AlreadyCompleted"
+    INTERRUPTED = "Interrupted"
+    FAILED = "Failed"
+
+
+class EndReport(Model):
+    """The termination message: JSON, at most MAX_TERMINATION_BYTES. No text of the data set in it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    outcome: Outcome
+    reason: Annotated[str, StringConstraints(max_length=64)] = ""
+    """Failure class (failures.FAILURES) when outcome is Failed or Interrupted."""
+    message: str = ""
+    """A sentence that says what to change."""
+    step: int | None = None
+    result: Result | None = None
+    checkpoint: CheckpointStatus | None = None
+    resumed_from: CheckpointStatus | None = None
+    evaluations: list[Evaluation] = []
+
+    def to_message(self) -> str:
+        """As JSON below the size limit: drops evaluations first, then metrics, then cuts the sentence."""
+        slim = self
+        while len(text := slim.model_dump_json(by_alias=True, exclude_none=True).encode()) > MAX_TERMINATION_BYTES:
+            if slim.evaluations:
+                slim = slim.model_copy(update={"evaluations": slim.evaluations[len(slim.evaluations) // 2 + 1 :]})
+            elif slim.result is not None and slim.result.metrics:
+                half = slim.result.metrics[: len(slim.result.metrics) // 2]
+                slim = slim.model_copy(update={"result": slim.result.model_copy(update={"metrics": half})})
+            else:
+                slim = slim.model_copy(update={"message": slim.message[: len(slim.message) // 2]})
+        return text.decode()
+
+
+class ResultFile(Model):
+    """result.json under output.storageUri. Written last: its presence means that model/ is whole."""
+
+    recipe_digest: str
+    result: Result
+    recipe: dict[str, Any]
+    """The recipe as trained."""
+    resolved: dict[str, Any] = {}
+    """Values that were worked out, such as the learning rate."""
+    evaluations: list[Evaluation] = []
+    per_class: dict[str, list[dict[str, Any]]] = {}
+    """Per split: one row per label with precision, recall, f1 and support."""
+    steps: int
+    examples: int
+    started: datetime
+    finished: datetime
+    versions: dict[str, str] = {}

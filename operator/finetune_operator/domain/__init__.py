@@ -1,0 +1,1 @@
+"""Pure: observed state in, decision out. No I/O, no clock, no kopf, no kubernetes."""

@@ -1,0 +1,90 @@
+"""What the pure part of the operator takes and gives: the observed world, the decision, the actions.
+
+`control` fills an Observed with live reads, calls `decide`, applies the actions in order and writes the status once.
+Objects of the API server are plain dicts, as JSON has them.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from finetune_api.report import ProgressReport
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator's command line decides about every job."""
+
+    trainer_image: str
+    progress_url: str
+    """https://host:port under which pods reach the progress server, without a path."""
+    progress_ca: str
+    """PEM of the CA that signed the progress server's certificate."""
+    model_mirror: str | None = None
+    """Value of FINETUNE_MODEL_MIRROR in every pod."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The newest report of one execution, already authenticated as coming from this pod."""
+
+    report: ProgressReport
+    received: datetime
+    attempt: int
+    pod_uid: str
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One FineTuneJob and all that belongs to it, read live."""
+
+    job: Object
+    child: Object | None = None
+    """The Job of the attempt in status.attempt."""
+    next_child: Object | None = None
+    """The Job of the attempt after it; read where `child` is absent or finished. It exists when the operator died between creating
+    it and writing the status."""
+    pods: tuple[Object, ...] = ()
+    """All pods labelled with this job, of any attempt."""
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class CreateJob:
+    """Create this child Job; AlreadyExists is success if our resource owns it, else a name conflict."""
+
+    manifest: Object
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete this child Job with background propagation, only if it still has this uid; NotFound is success."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Tell the user (`kubectl describe`)."""
+
+    type: str
+    reason: str
+    message: str
+
+
+Action = CreateJob | DeleteJob | Event
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do. `status` is whole; it is written when it differs from the stored one."""
+
+    status: Object
+    actions: tuple[Action, ...] = ()
+    requeue_after: float | None = None
+    """Seconds until the next look without an event."""
+    finished: bool = field(default=False)
+    """The resource is Complete or Failed: nothing is left to do, now or later."""
