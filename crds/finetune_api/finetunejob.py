@@ -1,10 +1,10 @@
 """The FineTuneJob resource: spec (recipe + placement), status, and what of it may change when."""
 
 import re
-from datetime import datetime
+
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import AwareDatetime, Field, StringConstraints, field_validator
 
 from finetune_api.base import Cel, Model
 from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
@@ -45,7 +45,7 @@ class StatusCondition(Model):
     """Why, in a sentence."""
     observed_generation: int | None = None
     """Generation of the spec that this was decided for."""
-    last_transition_time: datetime
+    last_transition_time: AwareDatetime
     """When `status` last changed."""
 
 
@@ -67,7 +67,7 @@ class TrainerStatus(Model):
     """Time left at the present pace."""
     metrics: Annotated[list[MetricValue], Field(max_length=256)] = []
     """Latest metrics."""
-    last_updated_time: datetime | None = None
+    last_updated_time: AwareDatetime | None = None
     """When the trainer reported."""
 
 
@@ -89,7 +89,7 @@ class CheckpointStatus(Model):
     """Optimizer steps it contains."""
     uri: Annotated[str, StringConstraints(max_length=2048)]
     """Where it is."""
-    time: datetime
+    time: AwareDatetime
     """When it was committed."""
     size_bytes: Annotated[int, Field(ge=0)]
     """Size of all its files."""
@@ -136,9 +136,9 @@ class FineTuneJobStatus(Model):
         Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = []
     """Running, Progressing, Checkpointed, Suspended, Complete and Failed; set on first sight."""
-    start_time: datetime | None = None
+    start_time: AwareDatetime | None = None
     """When the first pod ran."""
-    completion_time: datetime | None = None
+    completion_time: AwareDatetime | None = None
     """When the job became Complete or Failed."""
     active_seconds: Annotated[int, Field(ge=0)] | None = None
     """Seconds that pods ran, over all attempts that have ended."""

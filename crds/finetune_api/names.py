@@ -120,4 +120,5 @@ class Reason(StrEnum):
     STOPPED = "Stopped"
     NOT_FAILED = "NotFailed"
     NAME_CONFLICT = "NameConflict"
+    CREATE_REFUSED = "CreateRefused"
     FINISHED = "Finished"

@@ -4,7 +4,7 @@
 Objects of the API server are plain dicts, as JSON has them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -24,6 +24,8 @@ class Settings:
     """PEM of the CA that signed the progress server's certificate."""
     model_mirror: str | None = None
     """Value of FINETUNE_MODEL_MIRROR in every pod."""
+    restart_backoff_seconds: float = 10.0
+    """Wait before the first counted restart; doubles with each, up to MAX_BACKOFF_SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Observed:
     child: Object | None = None
     """The Job of the attempt in status.attempt."""
     next_child: Object | None = None
-    """The Job of the attempt after it; read where `child` is absent or finished. It exists when the operator died between creating
-    it and writing the status."""
+    """The Job of the attempt after it; read where `child` is absent or finished. It exists when the operator died between
+    creating it and writing the status."""
     pods: tuple[Object, ...] = ()
     """All pods labelled with this job, of any attempt."""
     progress: Progress | None = None
+    create_error: str | None = None
+    """What the API server said when it refused the child Job that the last decision wanted."""
 
 
 @dataclass(frozen=True)
@@ -86,5 +90,5 @@ class Decision:
     actions: tuple[Action, ...] = ()
     requeue_after: float | None = None
     """Seconds until the next look without an event."""
-    finished: bool = field(default=False)
+    finished: bool = False
     """The resource is Complete or Failed: nothing is left to do, now or later."""

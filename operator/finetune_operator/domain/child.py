@@ -1,0 +1,198 @@
+"""Builds the child Job of one attempt. Pure: the same resource, attempt and settings give the same Job.
+
+A Job is created once and never edited; whatever changes, changes with the next attempt. Its semantics (why each field is set) are
+in docs/architecture.md.
+"""
+
+from typing import Any
+
+from finetune_api import FineTuneJob, names
+from finetune_api.failures import BY_EXIT_CODE
+from finetune_operator.domain.types import Object, Settings
+
+TOKEN_FILE = f"{names.PROGRESS_DIR}/token"
+CA_FILE = f"{names.PROGRESS_DIR}/ca.crt"
+TOKEN_SECONDS = 3600
+
+
+def child_name(job_name: str, attempt: int) -> str:
+    """Name of the Job of one attempt."""
+    return f"{job_name}-{attempt}"
+
+
+def owned_by(child: Object, job_uid: str) -> bool:
+    """Whether our resource is the controller of this object."""
+    refs = child.get("metadata", {}).get("ownerReferences") or []
+    return any(r.get("controller") and r.get("uid") == job_uid for r in refs)
+
+
+def gpus_per_pod(job: FineTuneJob) -> int:
+    """GPUs that one pod asks for, of any vendor (nvidia.com/gpu, amd.com/gpu, ...)."""
+    resources = job.spec.trainer.resources_per_node
+    asked = {**resources.requests, **resources.limits}
+    return sum(int(n) for name, n in asked.items() if name.endswith("/gpu") and str(n).isdigit())
+
+
+def build_child(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
+    """The batch/v1 Job of this attempt, ready to be created."""
+    meta = job.metadata
+    ours = {
+        names.LABEL_MANAGED_BY: names.MANAGER,
+        names.LABEL_JOB: meta["name"],
+        names.LABEL_ATTEMPT: str(attempt),
+    }
+    queue = {k: v for k, v in (meta.get("labels") or {}).items() if k in names.QUEUE_LABELS}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": child_name(meta["name"], attempt),
+            "namespace": meta["namespace"],
+            "labels": {**queue, **ours},
+            "ownerReferences": [
+                {
+                    "apiVersion": names.API_VERSION,
+                    "kind": names.KIND_JOB,
+                    "name": meta["name"],
+                    "uid": meta["uid"],
+                    "controller": True,
+                    "blockOwnerDeletion": True,
+                }
+            ],
+        },
+        "spec": {
+            # One attempt is one pod: we decide on restarts, so that disruptions do not use up the user's budget.
+            "backoffLimit": 0,
+            "completions": 1,
+            "parallelism": 1,
+            # A second pod of the same attempt must never overlap the first: it would write the same checkpoints.
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": _failure_rules()},
+            "template": _pod_template(job, attempt, settings, ours),
+        },
+    }
+
+
+def _failure_rules() -> list[Object]:
+    # Rules that match put the cause into the Job's condition, where it stays when the pod is gone.
+    return [
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {
+            "action": "FailJob",
+            "onExitCodes": {"containerName": names.CONTAINER, "operator": "In", "values": sorted(BY_EXIT_CODE)},
+        },
+    ]
+
+
+def _pod_template(job: FineTuneJob, attempt: int, settings: Settings, labels: dict[str, str]) -> Object:
+    trainer = job.spec.trainer
+    extra = trainer.pod_template
+    spec: Object = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": job.spec.checkpoint.save_deadline_seconds,
+        # The trainer has no business with the API server: its one token is the projected one for progress.
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [_container(job, attempt, settings)],
+        "volumes": [*_volumes(), *extra.spec.volumes],
+    }
+    optional: Object = {
+        "serviceAccountName": trainer.service_account_name,
+        "nodeSelector": extra.spec.node_selector,
+        "tolerations": extra.spec.tolerations,
+        "affinity": extra.spec.affinity,
+        "priorityClassName": extra.spec.priority_class_name,
+        "imagePullSecrets": [{"name": s.name} for s in extra.spec.image_pull_secrets],
+    }
+    spec.update({k: v for k, v in optional.items() if v})
+    return {
+        "metadata": {
+            "labels": {**extra.metadata.labels, **labels},
+            "annotations": {**extra.metadata.annotations, names.ANNOTATION_PROGRESS_CA: settings.progress_ca},
+        },
+        "spec": spec,
+    }
+
+
+def _container(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
+    trainer = job.spec.trainer
+    container: Object = {
+        "name": names.CONTAINER,
+        "image": trainer.image or settings.trainer_image,
+        "command": ["python", "-m", "finetune_trainer"],
+        "env": [*_dump(trainer.env), *_env(job, attempt, settings)],
+        "envFrom": _dump(trainer.env_from),
+        "resources": trainer.resources_per_node.model_dump(mode="json", by_alias=True),
+        "terminationMessagePath": names.TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "workingDir": names.WORKDIR,
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "volumeMounts": [
+            {"name": "finetune-workspace", "mountPath": names.WORKDIR},
+            {"name": "finetune-cache", "mountPath": names.CACHE_DIR},
+            {"name": "finetune-tmp", "mountPath": "/tmp"},  # noqa: S108  (an emptyDir of this pod alone)
+            {"name": "finetune-shm", "mountPath": "/dev/shm"},  # noqa: S108
+            {"name": "finetune-progress", "mountPath": names.PROGRESS_DIR, "readOnly": True},
+            *_dump(trainer.pod_template.spec.volume_mounts),
+        ],
+    }
+    return container
+
+
+def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
+    meta = job.metadata
+    recipe = job.spec.recipe().model_dump_json(by_alias=True, exclude_none=True)
+    path = f"/v1/namespaces/{meta['namespace']}/{names.PLURAL_JOB}/{meta['name']}/attempts/{attempt}/progress"
+    values = {
+        # "$(" would be expanded by the kubelet as a reference to another variable; "$$(" is a literal "$(".
+        names.ENV_JOB: recipe.replace("$(", "$$("),
+        names.ENV_JOB_NAME: meta["name"],
+        names.ENV_NAMESPACE: meta["namespace"],
+        names.ENV_ATTEMPT: str(attempt),
+        names.ENV_WORKDIR: names.WORKDIR,
+        names.ENV_TERMINATION_LOG: names.TERMINATION_LOG,
+        names.ENV_PROGRESS_URL: f"{settings.progress_url.rstrip('/')}{path}",
+        names.ENV_PROGRESS_CA: CA_FILE,
+        names.ENV_PROGRESS_TOKEN: TOKEN_FILE,
+        # Everything that libraries cache goes to the writable volume: the root file system is read-only.
+        "HOME": names.WORKDIR,
+        "HF_HOME": f"{names.CACHE_DIR}/huggingface",
+        "XDG_CACHE_HOME": names.CACHE_DIR,
+        "TORCHINDUCTOR_CACHE_DIR": f"{names.CACHE_DIR}/inductor",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if settings.model_mirror:
+        values[names.ENV_MODEL_MIRROR] = settings.model_mirror
+    env: list[Object] = [{"name": k, "value": v} for k, v in values.items()]
+    env.append({"name": names.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
+    return env
+
+
+def _volumes() -> list[Object]:
+    annotation = f"metadata.annotations['{names.ANNOTATION_PROGRESS_CA}']"
+    token = {"audience": names.PROGRESS_AUDIENCE, "expirationSeconds": TOKEN_SECONDS, "path": "token"}
+    return [
+        {"name": "finetune-workspace", "emptyDir": {}},
+        {"name": "finetune-cache", "emptyDir": {}},
+        {"name": "finetune-tmp", "emptyDir": {}},
+        # The container runtime gives 64 MiB; data loader workers share batches through it.
+        {"name": "finetune-shm", "emptyDir": {"medium": "Memory"}},
+        {
+            "name": "finetune-progress",
+            "projected": {
+                "sources": [
+                    {"serviceAccountToken": token},
+                    {"downwardAPI": {"items": [{"path": "ca.crt", "fieldRef": {"fieldPath": annotation}}]}},
+                ]
+            },
+        },
+    ]
+
+
+def _dump(models: list[Any]) -> list[Object]:
+    return [m.model_dump(mode="json", by_alias=True, exclude_none=True) for m in models]

@@ -1,0 +1,341 @@
+"""The reconcile decision for one FineTuneJob. Pure: (observed, now, settings) in, status and actions out.
+
+Level-triggered: it looks at what is, never at what happened, so that it may run at any time, any number of times, after a
+crash at any line, and come to the same end. Three invariants:
+
+- A job that is Complete or Failed is never touched again.
+- A new attempt is created only when no pod of an older one can still be running.
+- `status.attempt` never falls; attempt N+1 that exists without being in the status (the operator died in between) is taken over.
+"""
+
+from datetime import datetime, timedelta
+
+from finetune_api import FineTuneJob, names
+from finetune_api.manifest import ManifestError, parse_job
+from finetune_api.names import Condition, Reason, State
+from finetune_api.report import Outcome
+from finetune_operator.domain.child import build_child, gpus_per_pod, owned_by
+from finetune_operator.domain.outcome import Ended, end_report, ended, parse_time
+from finetune_operator.domain.status import StatusDraft, is_finished, is_true, stamp
+from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Settings
+
+MAX_BACKOFF_SECONDS = 300.0
+WAIT_FOR_PODS_SECONDS = 5.0
+WAIT_FOR_CONFLICT_SECONDS = 30.0
+LOST_NODE_SECONDS = 60.0
+"""A pod that is still there so long after its grace period is on a node that does not answer."""
+
+
+def decide(observed: Observed, now: datetime, settings: Settings) -> Decision:
+    """What to do about one FineTuneJob now."""
+    raw = observed.job
+    old = raw.get("status") or {}
+    if is_finished(old):
+        return Decision(status=old, finished=True)
+    if raw["metadata"].get("deletionTimestamp"):
+        return Decision(status=old)  # The garbage collector removes what the resource owns.
+    draft = StatusDraft(old, raw["metadata"].get("generation", 1), now)
+    try:
+        job = parse_job({k: raw[k] for k in ("apiVersion", "kind", "metadata", "spec")})
+    except ManifestError as error:
+        # The CRD refuses this; a CRD of another version may not.
+        return _fail(draft, "RecipeInvalid", "; ".join(error.problems), [])
+    return _Reconcile(job, observed, now, settings, draft).decide()
+
+
+def _fail(draft: StatusDraft, reason: str, message: str, actions: list[Action]) -> Decision:
+    draft.state(State.FAILED)
+    draft.new["completionTime"] = stamp(draft.now)
+    draft.set(Condition.FAILED, True, reason, message)
+    draft.set(Condition.RUNNING, False, Reason.FINISHED)
+    return Decision(draft.done(), (*actions, Event("Warning", reason, message)), finished=True)
+
+
+class _Reconcile:
+    """One decision in the making; the methods read in the order in which a job lives."""
+
+    def __init__(self, job: FineTuneJob, observed: Observed, now: datetime, settings: Settings, draft: StatusDraft) -> None:
+        self.job = job
+        self.observed = observed
+        self.now = now
+        self.settings = settings
+        self.draft = draft
+        self.actions: list[Action] = []
+
+    def decide(self) -> Decision:
+        uid = self.job.metadata["uid"]
+        for child in (self.observed.child, self.observed.next_child):
+            if child is not None and not owned_by(child, uid):
+                return self._name_conflict(child)
+        child = self._take_over()
+        self.draft.merge_progress(self.observed.progress)
+        pods = self._pods_of(child)
+        for pod in pods:
+            if report := end_report(pod):
+                self.draft.merge_facts(report.evaluations, report.checkpoint, report.resumed_from)
+        over = ended(child, pods) if child is not None else None
+        if over and over.failure is None:
+            return self._complete(over)
+        # A suspension that has begun is finished even if the flag flips back: its pods are being ended already.
+        if self.job.spec.stop or self.job.spec.suspend or self.draft.old.get("state") == State.SUSPENDING:
+            return self._wind_down(child, over)
+        if over:
+            return self._after_failure(over)
+        if child is None:
+            return self._start()
+        return self._follow(child, pods)
+
+    # ------------------------------------------------------------------------------------------------------ start ------
+    def _take_over(self) -> Object | None:
+        """The current attempt's Job; the one after it if that exists already."""
+        child, after = self.observed.child, self.observed.next_child
+        if after is None:
+            return child
+        if self.draft.new["attempt"]:
+            over = ended(child, self._pods_of(child)) if child else None
+            if self.draft.old.get("state") != State.RESTARTING:
+                self._leave(over)
+            if over and over.failure:
+                self._count_restart(over)
+        self.draft.count("attempt")
+        return after
+
+    def _start(self) -> Decision:
+        """No child: begin, resume, or replace one that somebody deleted."""
+        if self._alive():
+            return self._wait_for_pods(State.RESTARTING)
+        if self.draft.new["attempt"] and not is_true(self.draft.old, Condition.SUSPENDED):
+            self._leave(None)
+            self.draft.count("restarts")
+            self.actions.append(Event("Warning", "ChildDeleted", "The attempt's Job was deleted; starting the next attempt."))
+        return self._create()
+
+    def _create(self) -> Decision:
+        attempt = self.draft.new["attempt"] + 1
+        manifest = build_child(self.job, attempt, self.settings)
+        name = manifest["metadata"]["name"]
+        if refused := self.observed.create_error:
+            return self._refused(name, refused)
+        self.draft.new["attempt"] = attempt
+        self.draft.state(State.PENDING)
+        self.draft.set(Condition.RUNNING, False, Reason.ATTEMPT_CREATED, f"Job {name} is created.")
+        if is_true(self.draft.old, Condition.SUSPENDED):
+            self.draft.set(Condition.SUSPENDED, False, Reason.RESUMED)
+        self.draft.new["jobsStatus"] = [{"name": name, "ready": 0, "active": 0, "succeeded": 0, "failed": 0, "suspended": 0}]
+        self.actions.append(CreateJob(manifest))
+        self.actions.append(Event("Normal", str(Reason.ATTEMPT_CREATED), f"Created Job {name}."))
+        return Decision(self.draft.done(), tuple(self.actions))
+
+    def _refused(self, name: str, said: str) -> Decision:
+        message = f"The API server refused Job {name}: {said}"
+        # Not final: a quota may be raised, a namespace's policy changed. The counters stay as they are until it is created.
+        draft = StatusDraft(self.draft.old, self.draft.generation, self.now)
+        draft.state(State.RESTARTING if draft.old.get("state") == State.RESTARTING else State.PENDING)
+        draft.set(Condition.RUNNING, False, Reason.CREATE_REFUSED, message)
+        if is_true(draft.old, Condition.SUSPENDED):
+            draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED)
+        return Decision(draft.done(), (Event("Warning", str(Reason.CREATE_REFUSED), message),), WAIT_FOR_CONFLICT_SECONDS)
+
+    def _name_conflict(self, child: Object) -> Decision:
+        name = child["metadata"]["name"]
+        message = f"A Job named {name} exists that this resource does not own: delete that Job or use another name."
+        self.draft.state(State.PENDING)
+        self.draft.set(Condition.RUNNING, False, Reason.NAME_CONFLICT, message)
+        event = Event("Warning", str(Reason.NAME_CONFLICT), message)
+        return Decision(self.draft.done(), (event,), WAIT_FOR_CONFLICT_SECONDS)
+
+    # ------------------------------------------------------------------------------------------------------- run -------
+    def _follow(self, child: Object, pods: tuple[Object, ...]) -> Decision:
+        """The child runs or waits: say what happens."""
+        if self._lost_node(pods):
+            return self._replace_lost(child)
+        self._count_pods(child, pods)
+        running = next((p for p in pods if p.get("status", {}).get("phase") == "Running"), None)
+        if running is None and child.get("spec", {}).get("suspend"):
+            if is_true(self.draft.old, Condition.RUNNING):
+                self._leave(None)  # The queue took the node back.
+            self.draft.state(State.QUEUED)
+            self.draft.set(Condition.RUNNING, False, Reason.WAITING_FOR_QUEUE, "The queue has not admitted the Job.")
+        elif running is not None or is_true(self.draft.old, Condition.RUNNING):
+            self.draft.state(State.RUNNING)
+            self.draft.set(Condition.RUNNING, True, Reason.PODS_RUNNING, "The trainer's pod is running.")
+            self.draft.new.setdefault("startTime", stamp(self.now))
+            reported = self.observed.progress and self.observed.progress.attempt == self.draft.new["attempt"]
+            if reported or (is_true(self.draft.old, Condition.PROGRESSING)):
+                self.draft.set(Condition.PROGRESSING, True, Reason.PROGRESS_REPORTED, "The trainer reports progress.")
+            else:
+                self.draft.set(Condition.PROGRESSING, None, Reason.NO_PROGRESS_YET)
+        else:
+            self.draft.state(State.PENDING)
+            reason, message = _why_pending(pods)
+            self.draft.set(Condition.RUNNING, False, reason, message)
+        if is_true(self.draft.old, Condition.SUSPENDED):
+            self.draft.set(Condition.SUSPENDED, False, Reason.RESUMED)
+        return Decision(self.draft.done(), tuple(self.actions))
+
+    def _count_pods(self, child: Object, pods: tuple[Object, ...]) -> None:
+        phases = [p.get("status", {}).get("phase") for p in pods]
+        counted = {
+            "name": child["metadata"]["name"],
+            "ready": phases.count("Running"),
+            "active": phases.count("Running") + phases.count("Pending"),
+            "succeeded": phases.count("Succeeded"),
+            "failed": phases.count("Failed"),
+            "suspended": 1 if child.get("spec", {}).get("suspend") else 0,
+        }
+        self.draft.new["jobsStatus"] = [counted]
+
+    # ------------------------------------------------------------------------------------------------------- end -------
+    def _complete(self, over: Ended) -> Decision:
+        report = over.report
+        if not is_true(self.draft.old, Condition.SUSPENDED):
+            self._leave(over)
+        again = report is not None and report.outcome is Outcome.ALREADY_COMPLETED
+        output = self.job.spec.output.storage_uri.rstrip("/")
+        result = report.result.model_dump(mode="json", by_alias=True, exclude_none=True) if report and report.result else {}
+        self.draft.new["result"] = {"modelUri": f"{output}/{names.MODEL_DIR}", **result}
+        if not again:
+            self.draft.new["trainerStatus"] = {
+                **(self.draft.new.get("trainerStatus") or {}),
+                "progressPercentage": 100,
+                "estimatedRemainingSeconds": 0,
+            }
+        reason = Reason.ALREADY_COMPLETED if again else Reason.TRAINED
+        message = "The output already held the result of this recipe; nothing was trained." if again else "The model is trained."
+        if child := self.observed.next_child or self.observed.child:
+            self._count_pods(child, self._pods_of(child))
+        return self._finish_complete(reason, message)
+
+    def _finish_complete(self, reason: Reason, message: str) -> Decision:
+        self.draft.state(State.COMPLETE)
+        self.draft.new["completionTime"] = stamp(self.now)
+        self.draft.new.setdefault("startTime", self.draft.new["completionTime"])
+        self.draft.set(Condition.COMPLETE, True, reason, message)
+        self.draft.set(Condition.RUNNING, False, Reason.FINISHED)
+        self.actions.append(Event("Normal", str(reason), message))
+        return Decision(self.draft.done(), tuple(self.actions), finished=True)
+
+    def _after_failure(self, over: Ended) -> Decision:
+        failure = over.failure
+        if failure is None:
+            raise ValueError("an attempt that ended well is no failure")
+        waiting = self.draft.old.get("state") == State.RESTARTING
+        if not waiting:
+            self._leave(over)
+        limit = self.job.spec.failure_policy.max_restarts
+        used = int(self.draft.new["restartsCountTowardsMax"])
+        if child := self.observed.next_child or self.observed.child:
+            self._count_pods(child, self._pods_of(child))
+        if not failure.retriable:
+            return _fail(self.draft, failure.reason, over.message, self.actions)
+        if failure.counted and used >= limit:
+            spent = f" No restart is left (failurePolicy.maxRestarts is {limit})."
+            return _fail(self.draft, failure.reason, over.message + spent, self.actions)
+        wait = self._backoff(over)
+        if wait > 0 or self._alive():
+            self.draft.state(State.RESTARTING)
+            message = f"{failure.reason}: {over.message} Restarting from the newest checkpoint."
+            self.draft.set(Condition.RUNNING, False, Reason.WAITING_FOR_RESTART, message)
+            if not waiting:
+                self.actions.append(Event("Warning", failure.reason, over.message))
+            return Decision(self.draft.done(), tuple(self.actions), max(wait, 1.0))
+        self._count_restart(over)
+        return self._create()
+
+    def _backoff(self, over: Ended) -> float:
+        """Seconds still to wait before the next attempt; disruptions restart at once the first time."""
+        done = int(self.draft.new["restarts"])
+        counted = over.failure is not None and over.failure.counted
+        exponent = done if counted else done - 1
+        delay = min(self.settings.restart_backoff_seconds * 2.0 ** min(exponent, 16), MAX_BACKOFF_SECONDS)
+        if not counted and done == 0:
+            delay = 0.0
+        return delay - (self.now - (over.finished or self.now)).total_seconds()
+
+    def _count_restart(self, over: Ended) -> None:
+        self.draft.count("restarts")
+        if over.failure and over.failure.counted:
+            self.draft.count("restartsCountTowardsMax")
+
+    # ---------------------------------------------------------------------------------------------- suspend and stop ---
+    def _wind_down(self, child: Object | None, over: Ended | None) -> Decision:
+        """Suspend or stop: the trainer saves on SIGTERM, so deleting the Job is all it takes; then wait for the pods."""
+        stop = self.job.spec.stop
+        if over and over.failure and not over.failure.retriable:
+            self._leave(over)
+            return _fail(self.draft, over.failure.reason, over.message, self.actions)
+        if child is not None:
+            # Also when it ended already: what is wound down leaves nothing that the next attempt could stumble over.
+            self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
+        if child is not None or self._alive():
+            return self._wait_for_pods(State.STOPPING if stop else State.SUSPENDING)
+        if not is_true(self.draft.old, Condition.SUSPENDED) and self.draft.new["attempt"]:
+            self._leave(None)
+        self.draft.new["jobsStatus"] = []
+        if stop:
+            saved = self.draft.new.get("checkpoint")
+            where = f" The newest checkpoint is {saved['uri']}." if saved else ""
+            return self._finish_complete(Reason.STOPPED, f"Stopped by spec.stop.{where}")
+        self.draft.state(State.SUSPENDED)
+        self.draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED, "Suspended by spec.suspend; no pods are running.")
+        self.draft.set(Condition.RUNNING, False, Reason.SUSPENDED)
+        return Decision(self.draft.done(), tuple(self.actions), None if self.job.spec.suspend else 0.1)
+
+    def _wait_for_pods(self, state: State) -> Decision:
+        self.draft.state(state)
+        was_running = is_true(self.draft.old, Condition.RUNNING)
+        reason = Reason.STOPPING if state is State.STOPPING else Reason.SUSPENDING
+        if state is State.RESTARTING:
+            reason = Reason.WAITING_FOR_RESTART
+        # Running stays True until the pods are gone: they still hold their GPUs, and the time counts.
+        self.draft.set(Condition.RUNNING, was_running, reason, "Waiting until the pods are gone.")
+        if is_true(self.draft.old, Condition.SUSPENDED):
+            self.draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED)
+        elif state is State.SUSPENDING:
+            self.draft.set(Condition.SUSPENDED, False, Reason.SUSPENDING)
+        return Decision(self.draft.done(), tuple(self.actions), WAIT_FOR_PODS_SECONDS)
+
+    # ------------------------------------------------------------------------------------------------------ helpers ----
+    def _leave(self, over: Ended | None) -> None:
+        """The attempt is over: count its time."""
+        self.draft.account(over, gpus_per_pod(self.job))
+        if over and over.started:
+            self.draft.new.setdefault("startTime", stamp(over.started))
+
+    def _pods_of(self, child: Object | None) -> tuple[Object, ...]:
+        return tuple(p for p in self.observed.pods if child is not None and owned_by(p, child["metadata"]["uid"]))
+
+    def _alive(self) -> bool:
+        """Whether a pod of any attempt may still be running. A pod on a lost node is not waited for: storage fences it."""
+        return any(
+            p.get("status", {}).get("phase") not in ("Succeeded", "Failed") and not self._lost(p) for p in self.observed.pods
+        )
+
+    def _lost(self, pod: Object) -> bool:
+        asked = parse_time(pod["metadata"].get("deletionTimestamp"))
+        # deletionTimestamp is the time at which the grace period ends.
+        return asked is not None and self.now > asked + timedelta(seconds=LOST_NODE_SECONDS)
+
+    def _lost_node(self, pods: tuple[Object, ...]) -> bool:
+        return bool(pods) and all(self._lost(p) and p.get("status", {}).get("phase") == "Running" for p in pods)
+
+    def _replace_lost(self, child: Object) -> Decision:
+        self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
+        message = "The pod's node does not answer; the next attempt goes on from the newest checkpoint."
+        self.actions.append(Event("Warning", "NodeLost", message))
+        self.draft.state(State.RESTARTING)
+        self.draft.set(Condition.RUNNING, True, Reason.WAITING_FOR_RESTART, f"NodeLost: {message}")
+        return Decision(self.draft.done(), tuple(self.actions), 1.0)
+
+
+def _why_pending(pods: tuple[Object, ...]) -> tuple[str, str]:
+    """What the scheduler or the kubelet says about a pod that does not run."""
+    for pod in pods:
+        for status in pod.get("status", {}).get("containerStatuses") or []:
+            waiting = status.get("state", {}).get("waiting") or {}
+            if waiting.get("reason") and waiting["reason"] != "ContainerCreating":
+                return waiting["reason"], waiting.get("message") or "The container cannot start yet."
+        for condition in pod.get("status", {}).get("conditions") or []:
+            if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+                return condition.get("reason") or "Unschedulable", condition.get("message") or ""
+    return Reason.WAITING_FOR_PODS, "Waiting for the pod to start."

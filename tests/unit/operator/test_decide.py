@@ -1,0 +1,468 @@
+"""The reconcile decision, driven by a small world: a resource, its Jobs and pods, an operator that may die between actions."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_api import FineTuneJobStatus
+from finetune_api.failures import BY_REASON
+from finetune_api.report import ProgressReport
+from finetune_operator.domain.decide import decide
+from finetune_operator.domain.status import find_condition, is_finished, merge_evaluations, only_progress_differs
+from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, Observed, Progress, Settings
+
+SETTINGS = Settings(
+    trainer_image="trainer:1", progress_url="https://progress:8443", progress_ca="PEM", restart_backoff_seconds=10
+)
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def stamp(time: datetime) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class World:
+    """What the API server would hold, and one reconcile at a time."""
+
+    def __init__(self, **spec: Any) -> None:
+        self.now = T0
+        self.uid = 0
+        self.created: list[str] = []
+        self.children: dict[str, dict[str, Any]] = {}
+        self.pods: dict[str, dict[str, Any]] = {}
+        self.progress: Progress | None = None
+        self.create_error: str | None = None
+        self.job: dict[str, Any] = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "ft", "namespace": "ns", "uid": "u0", "generation": 1, "labels": {}},
+            "spec": {
+                "task": "SequenceClassification",
+                "model": {"uri": "hf://a/b"},
+                "dataset": {"uri": "s3://data/x", "labels": ["a", "b"]},
+                "output": {"storageUri": "s3://out/x"},
+                **spec,
+            },
+        }
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.job.get("status") or {}
+
+    def condition(self, kind: str) -> dict[str, Any]:
+        found = find_condition(self.status, kind)
+        assert found is not None
+        return found
+
+    def look(self) -> Decision:
+        attempt = self.status.get("attempt") or 0
+        child = self.children.get(f"ft-{attempt}")
+        finished = child is None or bool(child["status"].get("conditions"))
+        return decide(
+            Observed(
+                job=self.job,
+                child=child,
+                next_child=self.children.get(f"ft-{attempt + 1}") if finished else None,
+                pods=tuple(self.pods.values()),
+                progress=self.progress,
+                create_error=self.create_error,
+            ),
+            self.now,
+            SETTINGS,
+        )
+
+    def reconcile(self, *, die_before_status: bool = False) -> Decision:
+        decision = self.look()
+        for action in decision.actions:
+            if isinstance(action, CreateJob):
+                self.create(action.manifest)
+            if isinstance(action, DeleteJob):
+                self.delete(action.name)
+        if not die_before_status:
+            FineTuneJobStatus.model_validate(decision.status)
+            self.job["status"] = json.loads(json.dumps(decision.status))
+        return decision
+
+    def create(self, manifest: dict[str, Any]) -> None:
+        name = manifest["metadata"]["name"]
+        if name in self.children:
+            return
+        assert not [p for p in self.pods.values() if p["status"]["phase"] in ("Pending", "Running")], "an older pod still runs"
+        self.created.append(name)
+        self.uid += 1
+        self.children[name] = {**manifest, "metadata": {**manifest["metadata"], "uid": f"j{self.uid}"}, "status": {}}
+        self.pods[name] = {
+            "metadata": {
+                "name": f"{name}-x",
+                "uid": f"p{self.uid}",
+                "creationTimestamp": stamp(self.now),
+                "ownerReferences": [{"uid": f"j{self.uid}", "controller": True}],
+            },
+            "status": {"phase": "Pending"},
+        }
+
+    def delete(self, name: str) -> None:
+        if self.children.pop(name, None) and name in self.pods:
+            self.pods[name]["metadata"].setdefault("deletionTimestamp", stamp(self.now + timedelta(seconds=60)))
+
+    def run(self, name: str) -> None:
+        self.pods[name]["status"] = {
+            "phase": "Running",
+            "containerStatuses": [{"name": "trainer", "state": {"running": {"startedAt": stamp(self.now)}}}],
+        }
+
+    def end(self, name: str, code: int, message: str = "", reason: str = "Error", **pod_status: Any) -> None:
+        begun = self.pods[name]["status"].get("containerStatuses", [{}])[0].get("state", {}).get("running", {}).get("startedAt")
+        state = {"exitCode": code, "reason": reason, "message": message, "startedAt": begun, "finishedAt": stamp(self.now)}
+        self.pods[name]["status"] = {
+            "phase": "Failed" if code else "Succeeded",
+            "containerStatuses": [{"name": "trainer", "state": {"terminated": state}}],
+            **pod_status,
+        }
+        if name in self.children:
+            kind = "Failed" if code else "Complete"
+            self.children[name]["status"] = {
+                "conditions": [{"type": kind, "status": "True", "lastTransitionTime": stamp(self.now)}]
+            }
+
+    def fail(self, name: str, reason: str, message: str = "because") -> None:
+        report = {"outcome": "Failed", "reason": reason, "message": message}
+        self.end(name, BY_REASON[reason].exit_code or 1, json.dumps(report))
+
+    def wait(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+def running(**spec: Any) -> World:
+    world = World(**spec)
+    world.reconcile()
+    world.run("ft-1")
+    world.reconcile()
+    return world
+
+
+def test_first_sight_creates_attempt_1_and_sets_every_condition() -> None:
+    world = World()
+    world.reconcile()
+    assert world.created == ["ft-1"]
+    assert world.status["state"] == "Pending"
+    kinds = {c["type"]: (c["status"], c["observedGeneration"]) for c in world.status["conditions"]}
+    assert kinds == dict.fromkeys(["Running", "Progressing", "Checkpointed", "Suspended", "Complete", "Failed"], ("False", 1))
+
+
+def test_an_unchanged_world_gives_an_equal_status_and_no_action() -> None:
+    world = running()
+    before = json.dumps(world.status)
+    world.wait(1000)
+    decision = world.look()
+    assert json.dumps(decision.status) == before
+    assert decision.actions == ()
+
+
+def test_success_takes_result_from_the_termination_message_and_counts_time() -> None:
+    world = running(trainer={"resourcesPerNode": {"limits": {"nvidia.com/gpu": 2}}})
+    world.wait(100)
+    result = {"modelUri": "s3://out/x/model", "metrics": [{"name": "test/macro_f1", "value": "0.9"}], "bestStep": 7}
+    world.end("ft-1", 0, json.dumps({"outcome": "Complete", "result": result}), "Completed")
+    decision = world.reconcile()
+    assert decision.finished
+    assert world.status["result"] == result
+    assert world.status["state"] == "Complete"
+    assert world.condition("Complete")["reason"] == "Trained"
+    assert (world.status["activeSeconds"], world.status["gpuSeconds"], world.status["lostWorkSeconds"]) == (100, 200, 0)
+
+
+def test_a_job_that_ran_while_the_operator_was_down_ends_right() -> None:
+    world = World()
+    world.reconcile()
+    world.run("ft-1")
+    world.wait(50)
+    world.end("ft-1", 0, "", "Completed")
+    world.reconcile()
+    assert world.status["state"] == "Complete"
+    assert world.status["startTime"] == stamp(T0)
+    assert world.status["activeSeconds"] == 50
+    assert world.status["result"] == {"modelUri": "s3://out/x/model"}
+
+
+def test_already_completed() -> None:
+    world = running()
+    world.end("ft-1", 0, json.dumps({"outcome": "AlreadyCompleted", "result": {"modelUri": "s3://out/x/model"}}))
+    world.reconcile()
+    assert world.condition("Complete")["reason"] == "AlreadyCompleted"
+
+
+@pytest.mark.parametrize("reason", ["DataInvalid", "ModelNotFound", "StorageDenied", "StorageNotFound", "OutputExists"])
+def test_what_a_restart_cannot_cure_fails_at_once_with_the_trainers_sentence(reason: str) -> None:
+    world = running()
+    world.fail("ft-1", reason, "column label is missing in train.csv")
+    world.reconcile()
+    assert world.condition("Failed")["reason"] == reason
+    assert world.condition("Failed")["message"] == "column label is missing in train.csv"
+    assert world.condition("Complete")["status"] == "False"
+    assert world.created == ["ft-1"]
+
+
+def test_max_restarts_with_backoff_then_failed_with_the_root_cause() -> None:
+    world = running(failurePolicy={"maxRestarts": 1})
+    world.end("ft-1", 137, "", "OOMKilled")
+    decision = world.reconcile()
+    assert world.status["state"] == "Restarting"
+    assert decision.requeue_after == 10
+    world.wait(10)
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert (world.status["attempt"], world.status["restarts"], world.status["restartsCountTowardsMax"]) == (2, 1, 1)
+    world.run("ft-2")
+    world.reconcile()
+    world.end("ft-2", 137, "", "OOMKilled")
+    world.reconcile()
+    assert world.condition("Failed")["reason"] == "OOMKilled"
+    assert "maxRestarts is 1" in world.condition("Failed")["message"]
+
+
+def test_a_disruption_restarts_at_once_and_is_not_counted() -> None:
+    world = running(failurePolicy={"maxRestarts": 0})
+    disrupted = {"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}]}
+    world.end("ft-1", 20, json.dumps({"outcome": "Interrupted", "reason": "Interrupted", "message": "m"}), **disrupted)
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert (world.status["restarts"], world.status["restartsCountTowardsMax"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("pod", "job_message", "expected"),
+    [
+        ({"reason": "Evicted"}, "", "Evicted"),
+        ({"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}]}, "", "Evicted"),
+        ({"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC"}]}, "", "NodeLost"),
+        (None, "Container trainer for pod ns/p failed with exit code 11 matching FailJob rule at index 1", "DataInvalid"),
+        (None, "Pod ns/p has condition DisruptionTarget matching FailJob rule at index 0", "Disrupted"),
+        (None, "Job has reached the specified backoff limit", "ChildDeleted"),
+    ],
+)
+def test_the_root_cause_survives_the_pod(pod: dict[str, Any] | None, job_message: str, expected: str) -> None:
+    world = running(failurePolicy={"maxRestarts": 0})
+    world.end("ft-1", 1)
+    world.pods["ft-1"]["status"].update(pod or {})
+    world.children["ft-1"]["status"]["conditions"][0]["message"] = job_message
+    if pod is None:
+        world.pods.clear()
+    world.reconcile()
+    seen = json.dumps(world.status["conditions"])
+    if BY_REASON[expected].retriable and not BY_REASON[expected].counted:
+        assert world.status["restartsCountTowardsMax"] == 0
+        assert len(world.created) == 2
+    else:
+        assert expected in seen
+
+
+def test_suspend_waits_for_the_pods_then_resume_is_the_next_attempt_and_no_restart() -> None:
+    world = running()
+    world.wait(30)
+    world.job["spec"]["suspend"] = True
+    world.reconcile()
+    assert world.status["state"] == "Suspending"
+    assert world.condition("Running")["status"] == "True"
+    world.reconcile()
+    assert world.condition("Suspended")["status"] == "False"
+    world.pods.clear()
+    world.reconcile()
+    assert world.status["state"] == "Suspended"
+    assert world.condition("Suspended")["status"] == "True"
+    assert world.status["activeSeconds"] == 30
+    world.wait(500)
+    world.job["spec"]["suspend"] = False
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert world.status["restarts"] == 0
+    assert world.condition("Suspended")["reason"] == "Resumed"
+    assert world.status["activeSeconds"] == 30
+
+
+def test_a_suspension_that_has_begun_is_finished_although_the_flag_flips_back() -> None:
+    world = running()
+    world.job["spec"]["suspend"] = True
+    world.reconcile()
+    world.job["spec"]["suspend"] = False
+    world.reconcile()
+    assert world.created == ["ft-1"]
+    world.pods.clear()
+    world.reconcile()
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert world.status["restarts"] == 0
+
+
+def test_created_suspended_makes_no_job() -> None:
+    world = World(suspend=True)
+    world.reconcile()
+    assert world.created == []
+    assert world.status["state"] == "Suspended"
+
+
+def test_stop_ends_as_complete_and_names_the_checkpoint() -> None:
+    world = running()
+    checkpoint = {"step": 5, "uri": "s3://c/5", "time": stamp(T0), "sizeBytes": 1}
+    world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "p1")
+    world.reconcile()
+    world.job["spec"]["stop"] = True
+    world.reconcile()
+    world.pods.clear()
+    world.reconcile()
+    assert world.condition("Complete")["reason"] == "Stopped"
+    assert "s3://c/5" in world.condition("Complete")["message"]
+
+
+def test_progress_of_an_older_attempt_is_ignored() -> None:
+    world = running()
+    report = ProgressReport.model_validate({"trainerStatus": {"progressPercentage": 50}})
+    world.progress = Progress(report, T0, 7, "p1")
+    assert "trainerStatus" not in world.reconcile().status
+    world.progress = Progress(report, T0, 1, "p1")
+    old = world.status
+    new = world.reconcile().status
+    assert new["trainerStatus"]["progressPercentage"] == 50
+    assert world.condition("Progressing")["status"] == "True"
+    assert not only_progress_differs(old, new)  # the condition changed
+    later = ProgressReport.model_validate({"trainerStatus": {"progressPercentage": 60}})
+    world.progress = Progress(later, T0 + timedelta(seconds=5), 1, "p1")
+    assert only_progress_differs(new, world.look().status)
+
+
+def test_deleted_child_is_replaced_while_running_but_never_after_the_end() -> None:
+    world = running()
+    world.delete("ft-1")
+    world.reconcile()
+    assert world.created == ["ft-1"]  # its pod still runs
+    world.pods.clear()
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert (world.status["restarts"], world.status["restartsCountTowardsMax"]) == (1, 0)
+    world.end("ft-2", 0)
+    world.reconcile()
+    world.children.clear()
+    world.pods.clear()
+    assert world.reconcile() == Decision(status=world.status, finished=True)
+    assert world.created == ["ft-1", "ft-2"]
+
+
+def test_a_foreign_job_of_the_same_name_is_reported_and_left_alone() -> None:
+    world = World()
+    world.children["ft-1"] = {"metadata": {"name": "ft-1", "uid": "z"}, "status": {}}
+    decision = world.reconcile()
+    assert not [a for a in decision.actions if isinstance(a, CreateJob | DeleteJob)]
+    assert world.condition("Running")["reason"] == "NameConflict"
+    assert "ft-1" in world.condition("Running")["message"]
+
+
+def test_a_refused_create_is_told_and_tried_again() -> None:
+    world = World()
+    world.create_error = "exceeded quota: gpus"
+    decision = world.reconcile()
+    assert "exceeded quota: gpus" in world.condition("Running")["message"]
+    assert decision.requeue_after is not None
+    world.create_error = None
+    world.reconcile()
+    assert world.created == ["ft-1"]
+    assert world.status["attempt"] == 1
+
+
+def test_a_queue_label_goes_to_the_child_and_its_suspension_is_shown_as_queued() -> None:
+    world = World()
+    world.job["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "q", "other": "x"}
+    world.reconcile()
+    labels = world.children["ft-1"]["metadata"]["labels"]
+    assert labels["kueue.x-k8s.io/queue-name"] == "q"
+    assert "other" not in labels
+    assert "suspend" not in world.children["ft-1"]["spec"]
+    world.children["ft-1"]["spec"]["suspend"] = True
+    world.pods.clear()
+    world.reconcile()
+    assert world.status["state"] == "Queued"
+
+
+def test_a_pod_on_a_lost_node_is_replaced() -> None:
+    world = running()
+    world.pods["ft-1"]["metadata"]["deletionTimestamp"] = stamp(world.now)
+    world.wait(61)
+    world.reconcile()
+    assert "NodeLost" in world.condition("Running")["message"]
+    world.pods["lost"] = world.pods.pop("ft-1")  # Its object stays until the node is back; storage fences it.
+    world.pods["lost"]["status"]["phase"] = "Unknown"
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert (world.status["restarts"], world.status["restartsCountTowardsMax"]) == (1, 0)
+
+
+def test_why_a_pod_does_not_start_is_in_the_condition() -> None:
+    world = World()
+    world.reconcile()
+    waiting = {"reason": "ImagePullBackOff", "message": "not found"}
+    world.pods["ft-1"]["status"] = {
+        "phase": "Pending",
+        "containerStatuses": [{"name": "trainer", "state": {"waiting": waiting}}],
+    }
+    world.reconcile()
+    assert world.condition("Running")["reason"] == "ImagePullBackOff"
+
+
+def test_evaluations_are_write_once_and_bounded() -> None:
+    old: list[dict[str, Any]] = [{"examples": n, "step": n, "metrics": []} for n in range(64)]
+    merged = merge_evaluations(old, [{"examples": 3, "step": 99, "metrics": []}, {"examples": 64, "step": 64, "metrics": []}])
+    assert len(merged) <= 64
+    assert merged[0]["examples"] == 0
+    assert merged[-1]["examples"] == 64
+    assert merge_evaluations(old, [{"examples": 3, "step": 99, "metrics": []}])[3]["step"] == 3
+
+
+EVENTS = st.lists(
+    st.sampled_from(["run", "ok", "oom", "disrupt", "data", "suspend", "resume", "delete-child", "gone", "wait", "crash"]),
+    max_size=25,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(EVENTS)
+def test_any_story_keeps_the_invariants(events: list[str]) -> None:
+    """At most one attempt alive (asserted in create), attempts never fall, terminal is terminal, no attempt is skipped."""
+    world = World(failurePolicy={"maxRestarts": 2})
+    last_attempt = 0
+    terminal: dict[str, Any] | None = None
+    for event in events:
+        name = f"ft-{len(world.created)}"
+        pod = world.pods.get(name)
+        phase = pod["status"]["phase"] if pod else None
+        if event == "run" and phase == "Pending":
+            world.run(name)
+        elif event in ("ok", "oom", "data", "disrupt") and phase == "Running":
+            if event == "ok":
+                world.end(name, 0)
+            elif event == "oom":
+                world.end(name, 137, "", "OOMKilled")
+            elif event == "data":
+                world.fail(name, "DataInvalid")
+            else:
+                world.end(name, 143, "", conditions=[{"type": "DisruptionTarget", "status": "True", "reason": "x"}])
+        elif event in ("suspend", "resume"):
+            world.job["spec"]["suspend"] = event == "suspend"
+        elif event == "delete-child":
+            world.delete(name)
+        elif event == "gone":
+            for key in [k for k, p in world.pods.items() if p["metadata"].get("deletionTimestamp")]:
+                del world.pods[key]
+        elif event == "wait":
+            world.wait(20)
+        world.reconcile(die_before_status=event == "crash")
+        status = world.status
+        if terminal is not None:
+            assert status == terminal
+        elif is_finished(status):
+            terminal = status
+        assert (status.get("attempt") or 0) >= last_attempt
+        last_attempt = status.get("attempt") or 0
+    assert world.created == [f"ft-{n}" for n in range(1, len(world.created) + 1)]
