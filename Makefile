@@ -1,0 +1,65 @@
+# Every target works from a bare checkout: what it needs is set up first, pinned and with hashes, below .venv and the cache.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test lint unit integration cluster cluster-down generate lock clean
+
+help: ## this table
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp ## sets everything up, fine-tunes a real pretrained model on the shipped customer feedback, prints the metrics
+	$(BIN)/python examples/customer-feedback/demo.py
+
+test: lint unit integration ## sets everything up; lint, types, unit and integration tests on a real control plane and a real S3 server
+
+lint: $(VENV)/dev.stamp ## format, lint, import layers and types
+	ruff format --check .
+	ruff check .
+	lint-imports
+	mypy
+
+unit: $(VENV)/dev.stamp ## unit tests
+	$(BIN)/python -m pytest tests/unit
+
+integration: $(VENV)/dev.stamp ## integration tests (the first run builds the Kubernetes binaries: about 10 minutes)
+	$(BIN)/python -m testcluster binaries
+	$(BIN)/python -m pytest tests/integration
+
+cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes API with the operator running; pods run as processes on this machine
+	$(BIN)/python -m testcluster up --with-s3 --with-operator
+
+cluster-down: $(VENV)/dev.stamp ## stops what `make cluster` started
+	$(BIN)/python -m testcluster down
+
+generate: $(VENV)/dev.stamp ## writes the CRDs, the chart's copy and the reference docs from the models
+	$(BIN)/python -m finetune_api.generate
+
+# The hashes make a changed package an error; the stamps make a second run instant.
+$(VENV)/uv.stamp: requirements/bootstrap.txt requirements/build.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/build.txt
+	@touch $@
+
+$(VENV)/%.stamp: requirements/%.txt pyproject.toml $(VENV)/uv.stamp
+	@echo "installing requirements/$*.txt (PyTorch is large: this takes a minute or more the first time)"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/$*.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+LOCK := uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
+lock: $(VENV)/uv.stamp ## writes requirements/*.txt from pyproject.toml
+	$(LOCK) --extra operator --extra trainer --extra cli --extra demo --extra dev pyproject.toml -o requirements/dev.txt
+	$(LOCK) --extra trainer --extra cli --extra demo pyproject.toml -c requirements/dev.txt -o requirements/demo.txt
+	$(LOCK) --extra operator pyproject.toml -c requirements/dev.txt -o requirements/operator.txt
+	$(LOCK) --extra trainer pyproject.toml -c requirements/dev.txt -o requirements/trainer.txt
+	printf 'hatchling>=1.27\neditables\n' | $(LOCK) - -o requirements/build.txt
+	printf 'uv\n' | $(LOCK) - -o requirements/bootstrap.txt
+
+clean: ## removes what the other targets made in this checkout (the cache of built binaries stays)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

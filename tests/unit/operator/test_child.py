@@ -1,0 +1,130 @@
+"""The child Job: its semantics are promises to users (docs/architecture.md), so each is held here."""
+
+import json
+from typing import Any
+
+from finetune_api import Recipe, names
+from finetune_api.failures import BY_EXIT_CODE
+from finetune_api.manifest import parse_job
+from finetune_operator.domain.child import build_child, gpus_per_pod
+from finetune_operator.domain.types import Settings
+
+SETTINGS = Settings(trainer_image="trainer:1", progress_url="https://progress:8443/", progress_ca="PEM", model_mirror="s3://m/x")
+
+
+def child(labels: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
+    job = parse_job(
+        {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "ft", "namespace": "ns", "uid": "u0", "labels": labels or {}},
+            "spec": {
+                "task": "SequenceClassification",
+                "model": {"uri": "hf://a/b"},
+                "dataset": {"uri": "s3://data/x", "labels": ["a", "b"]},
+                "output": {"storageUri": "s3://out/x"},
+                **spec,
+            },
+        }
+    )
+    return build_child(job, 3, SETTINGS)
+
+
+def container(job: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = job["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def env(job: dict[str, Any]) -> dict[str, Any]:
+    return {e["name"]: e.get("value", e.get("valueFrom")) for e in container(job)["env"]}
+
+
+def test_one_attempt_is_one_pod_and_its_cause_is_kept() -> None:
+    spec = child()["spec"]
+    assert (spec["backoffLimit"], spec["completions"], spec["podReplacementPolicy"]) == (0, 1, "Failed")
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["FailJob", "FailJob"]
+    assert spec["podFailurePolicy"]["rules"][0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"] == sorted(BY_EXIT_CODE)
+    assert container(child())["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    assert not {"ttlSecondsAfterFinished", "activeDeadlineSeconds", "suspend"} & spec.keys()
+
+
+def test_it_belongs_to_the_resource() -> None:
+    meta = child()["metadata"]
+    assert meta["name"] == "ft-3"
+    assert meta["ownerReferences"][0] == {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "name": "ft",
+        "uid": "u0",
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+
+
+def test_the_trainer_gets_the_recipe_and_nothing_of_the_placement() -> None:
+    job = child(dataset={"uri": "s3://data/x", "labels": ["a", "$(HOME)"]}, suspend=False)
+    text = env(job)[names.ENV_JOB]
+    assert "$$(HOME)" in text  # the kubelet turns it back
+    recipe = Recipe.model_validate(json.loads(text.replace("$$(", "$(")))
+    assert recipe.dataset.labels == ["a", "$(HOME)"]
+    assert "suspend" not in text
+
+
+def test_progress_is_reported_with_kubeflows_three_variables_and_a_token_for_it_alone() -> None:
+    job = child()
+    assert env(job)["KUBEFLOW_TRAINER_SERVER_URL"] == (
+        "https://progress:8443/v1/namespaces/ns/finetunejobs/ft/attempts/3/progress"
+    )
+    volume = next(v for v in job["spec"]["template"]["spec"]["volumes"] if v["name"] == "finetune-progress")
+    assert volume["projected"]["sources"][0]["serviceAccountToken"]["audience"] == names.PROGRESS_AUDIENCE
+    assert job["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_PROGRESS_CA] == "PEM"
+    assert job["spec"]["template"]["spec"]["automountServiceAccountToken"] is False
+
+
+def test_the_users_additions_arrive_and_ours_win() -> None:
+    job = child(
+        labels={"kueue.x-k8s.io/queue-name": "q"},
+        trainer={
+            "image": "mine:2",
+            "env": [{"name": "AWS_ENDPOINT_URL", "value": "http://s3"}],
+            "envFrom": [{"secretRef": {"name": "s3-credentials"}}],
+            "resourcesPerNode": {"limits": {"nvidia.com/gpu": 2, "memory": "16Gi"}},
+            "podTemplate": {
+                "metadata": {"labels": {"team": "a", names.LABEL_JOB: "forged"}},
+                "spec": {"nodeSelector": {"pool": "gpu"}, "volumes": [{"name": "d", "emptyDir": {}}]},
+            },
+        },
+    )
+    template = job["spec"]["template"]
+    assert container(job)["image"] == "mine:2"
+    assert env(job)["AWS_ENDPOINT_URL"] == "http://s3"
+    assert container(job)["envFrom"] == [{"secretRef": {"name": "s3-credentials"}}]
+    assert container(job)["resources"]["limits"] == {"nvidia.com/gpu": 2, "memory": "16Gi"}
+    assert template["metadata"]["labels"]["team"] == "a"
+    assert template["metadata"]["labels"][names.LABEL_JOB] == "ft"
+    assert template["spec"]["nodeSelector"] == {"pool": "gpu"}
+    assert {"name": "d", "emptyDir": {}} in template["spec"]["volumes"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
+    assert "kueue.x-k8s.io/queue-name" not in template["metadata"]["labels"]
+
+
+def test_gpus_of_any_vendor_are_counted_once() -> None:
+    def job(resources: dict[str, Any]) -> int:
+        manifest = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "ft"},
+            "spec": {
+                "task": "SequenceClassification",
+                "model": {"uri": "hf://a/b"},
+                "dataset": {"uri": "s3://data/x", "labels": ["a", "b"]},
+                "output": {"storageUri": "s3://out/x"},
+                "trainer": {"resourcesPerNode": resources},
+            },
+        }
+        return gpus_per_pod(parse_job(manifest))
+
+    assert job({"requests": {"nvidia.com/gpu": 2}, "limits": {"nvidia.com/gpu": "2"}}) == 2
+    assert job({"limits": {"amd.com/gpu": 1, "cpu": 4}}) == 1
