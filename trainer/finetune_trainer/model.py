@@ -1,0 +1,160 @@
+"""Finds the pretrained model, sets dropout, builds the classifier with a stock head."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.recipe import Dropout, Recipe
+from finetune_trainer.config import Runtime
+from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.store import fetch_folder, open_store
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DROPOUT_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    # Role -> groups of config fields; the first group with a field that the config has is set, all of its present fields.
+    # Order matters: deberta also has `hidden_dropout_prob`, t5 only `dropout_rate`, gpt2 two fields for one role.
+    "hidden": (
+        ("hidden_dropout_prob",),
+        ("resid_pdrop", "embd_pdrop", "emb_pdrop"),
+        ("resid_dropout", "embed_dropout"),
+        ("mlp_dropout", "embedding_dropout"),
+        ("residual_dropout", "embedding_dropout"),
+        ("hidden_dropout",),
+        ("dropout_rate",),
+        ("dropout",),
+    ),
+    "attention": (
+        ("attention_probs_dropout_prob",),
+        ("attn_pdrop",),
+        ("attention_dropout",),
+        ("lsh_attention_probs_dropout_prob", "local_attention_probs_dropout_prob"),
+    ),
+    "classifier": (
+        ("classifier_dropout",),
+        ("classifier_dropout_prob",),
+        ("seq_classif_dropout",),
+        ("pooler_dropout", "cls_dropout"),
+        ("summary_last_dropout",),
+        ("summary_first_dropout",),
+    ),
+}
+
+
+def fetch(uri: str, runtime: Runtime) -> Path:
+    """A local folder with the model's files. Raises TrainingFailure(ModelNotFound)."""
+    scheme, _, rest = uri.partition("://")
+    if scheme == "file":
+        return _checked(Path(rest), uri)
+    if scheme == "s3":
+        return _fetch_s3(uri, uri, runtime)
+    repository, _, revision = rest.partition("@")
+    if runtime.model_mirror:
+        mirror = runtime.model_mirror.rstrip("/")
+        if mirror.startswith("s3://"):
+            return _fetch_s3(f"{mirror}/{repository}", uri, runtime)
+        if (Path(mirror) / repository).is_dir():
+            return _checked(Path(mirror) / repository, uri)
+    return _fetch_hub(repository, revision or None, uri)
+
+
+def _fetch_s3(place: str, uri: str, runtime: Runtime) -> Path:
+    folder = runtime.workdir / "model"
+    if fetch_folder(open_store(place, runtime.s3_root), folder) == 0:
+        raise TrainingFailure("ModelNotFound", f"model.uri {uri}: there are no files under {place}")
+    return _checked(folder, uri)
+
+
+def _fetch_hub(repository: str, revision: str | None, uri: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        folder = snapshot_download(
+            repository, revision=revision, ignore_patterns=["*.bin", "*.h5", "*.onnx", "*.msgpack", "*.ot"]
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        message = f"model.uri {uri}: the hub has no such model or revision, or it needs a token"
+        raise TrainingFailure("ModelNotFound", message) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise TrainingFailure(
+            "ModelNotFound",
+            f"model.uri {uri}: it is not in the model mirror ({os.environ.get('FINETUNE_MODEL_MIRROR') or 'none is set'}) and the hub "
+            "cannot be reached: set the mirror (FINETUNE_MODEL_MIRROR, --model-mirror) or use s3:// or file://",
+        ) from error
+    return _checked(Path(folder), uri)
+
+
+def _checked(folder: Path, uri: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise TrainingFailure(
+            "ModelNotFound", f"model.uri {uri}: there is no config.json in {folder}; it is not a transformers model"
+        )
+    return folder
+
+
+def set_dropout(config: "PretrainedConfig", dropout: Dropout) -> None:
+    """Sets the rates on the configuration, before the model is built: some architectures leave out layers whose rate is 0."""
+    for role, groups in DROPOUT_FIELDS.items():
+        rate = getattr(dropout, role)
+        if rate is None:
+            continue
+        present = [[f for f in group if hasattr(config, f)] for group in groups]
+        fields = next((fields for fields in present if fields), None)
+        if fields is None:
+            possible = [r for r, gs in DROPOUT_FIELDS.items() if any(hasattr(config, f) for g in gs for f in g)]
+            raise TrainingFailure(
+                "RecipeInvalid",
+                f"hyperparameters.dropout.{role}: {config.model_type} has no such dropout; it has: {', '.join(possible) or 'none'}",
+            )
+        for field in fields:
+            setattr(config, field, rate)
+
+
+def load_tokenizer(folder: Path, uri: str) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise TrainingFailure(
+            "ModelNotFound", f"model.uri {uri}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    """The classifier in fp32: pretrained body, stock head with the recipe's labels. Consumes the global RNG (a new head)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    labels = recipe.dataset.labels
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        config.problem_type = "single_label_classification"
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        set_dropout(config, recipe.hyperparameters.dropout)
+        limit = getattr(config, "max_position_embeddings", None)
+        if isinstance(limit, int) and recipe.dataset.max_length > limit:
+            raise TrainingFailure(
+                "RecipeInvalid", f"dataset.maxLength: {recipe.dataset.max_length} is more than the model's {limit} positions"
+            )
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, local_files_only=True, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TrainingFailure(
+            "ModelNotFound", f"model.uri {recipe.model.uri}: it cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> Any:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,90 @@
+"""What people and the operator see of a run: lines or a progress bar, the termination message, TensorBoard files."""
+
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from finetune_api.finetunejob import MetricValue, TrainerStatus
+from finetune_api.report import EndReport
+from finetune_trainer.config import Runtime
+
+BAR = 24
+LINES_PER_RUN = 20
+
+
+class Console:
+    """Progress for people: a bar that redraws itself on a terminal, one line per log interval elsewhere."""
+
+    def __init__(self, out: TextIO = sys.stdout) -> None:
+        self.out = out
+        self.bar = out.isatty()
+        self.started = time.monotonic()
+        self.first_step: int | None = None
+        self._drawn = 0.0
+        self._open = False
+
+    def line(self, text: str) -> None:
+        """One line of its own."""
+        self.out.write(f"\r\033[K{text}\n" if self._open else f"{text}\n")
+        self._open = False
+        self.out.flush()
+
+    def step(self, step: int, total: int, loss: float, rate: float) -> float:
+        """Shows progress; the seconds that are left at the pace since this process began."""
+        now = time.monotonic()
+        if self.first_step is None:
+            self.first_step, self.started = step - 1, now
+        done = step - self.first_step
+        left = (total - step) * (now - self.started) / done if done > 1 else 0.0
+        text = f"step {step}/{total}  loss {loss:.4f}  learning rate {rate:.2e}  {_clock(left)} left"
+        if self.bar:
+            if now - self._drawn > 0.1 or step == total:
+                filled = BAR * step // total
+                self.out.write(f"\r\033[K[{'#' * filled}{'.' * (BAR - filled)}] {text}")
+                self.out.flush()
+                self._drawn, self._open = now, True
+        elif step % max(1, total // LINES_PER_RUN) == 0 or step == total:
+            self.line(text)
+        return left
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def trainer_status(step: int, total: int, left: float, values: dict[str, float], scores: list[MetricValue]) -> TrainerStatus:
+    """Progress in Kubeflow's shape."""
+    return TrainerStatus(
+        progress_percentage=min(100, 100 * step // max(1, total)),
+        estimated_remaining_seconds=max(0, round(left)),
+        metrics=[*(MetricValue(name=n, value=f"{v:.6g}") for n, v in values.items()), *scores],
+        last_updated_time=datetime.now(UTC).replace(microsecond=0),
+    )
+
+
+def write_end(runtime: Runtime, end: EndReport) -> None:
+    """The termination message. Without a file for it (a run by hand) there is nobody to tell."""
+    if runtime.termination_log is not None:
+        runtime.termination_log.write_text(end.to_message())
+
+
+class EventFiles:
+    """TensorBoard event files of this run."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Scalars at an optimizer step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes everything out."""
+        self._writer.close()

@@ -1,0 +1,307 @@
+"""One run from recipe to result, in verbs: check, fetch, set up, train, score, publish.
+
+The cheap checks come first, so that a wrong bucket or a wrong column is told in seconds, before a model is loaded.
+"""
+
+import json
+import threading
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api import Recipe, names
+from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, Result
+from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
+from finetune_trainer import data, model
+from finetune_trainer.checkpoint import Checkpoint, Checkpoints
+from finetune_trainer.config import Runtime
+from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.progress import Poster
+from finetune_trainer.report import Console, EventFiles, trainer_status
+from finetune_trainer.store import Missing, Store, open_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from finetune_trainer.evaluation import Evaluated
+    from finetune_trainer.loop import Loop
+
+
+@dataclass
+class Run:
+    """Everything that one process does, and what it knows so far for its reports."""
+
+    recipe: Recipe
+    runtime: Runtime
+    stopping: threading.Event
+    console: Console = field(default_factory=Console)
+    checkpoint: CheckpointStatus | None = None
+    resumed_from: CheckpointStatus | None = None
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __call__(self) -> EndReport:
+        """Trains, or finds that it is done already. Raises TrainingFailure."""
+        self.output = open_store(self.recipe.output.storage_uri, self.runtime.s3_root)
+        self.output.check()
+        if (done := self._already_done()) is not None:
+            return done
+        splits = self._read_data()
+        self._may_go_on()
+        poster = Poster(self.runtime, self.console.line)
+        try:
+            return self._train(splits, poster)
+        finally:
+            poster.close()
+
+    # ------------------------------------------------------------------------------------------------------- check -----
+    def _already_done(self) -> EndReport | None:
+        try:
+            result = ResultFile.model_validate_json(self.output.get(names.RESULT_FILE))
+        except Missing:
+            return None
+        except ValueError as error:
+            if self.recipe.output.overwrite:
+                return None
+            raise TrainingFailure("OutputExists", f"{self._result_uri()} is not a result of this trainer; {_OTHER}") from error
+        if result.recipe_digest == self.recipe.digest():
+            self.console.line(f"{self._result_uri()} is the result of this recipe already: nothing to train")
+            return EndReport(outcome=Outcome.ALREADY_COMPLETED, result=result.result)
+        if self.recipe.output.overwrite:
+            return None
+        raise TrainingFailure("OutputExists", f"{self._result_uri()} is the result of another recipe; {_OTHER}")
+
+    def _result_uri(self) -> str:
+        return f"{self.output.uri}/{names.RESULT_FILE}"
+
+    def _may_go_on(self) -> None:
+        if self.stopping.is_set():
+            raise TrainingFailure("Interrupted", "asked to end before the first step")
+
+    # ------------------------------------------------------------------------------------------------------- fetch -----
+    def _read_data(self) -> dict[str, data.Examples]:
+        splits = read_splits(self.recipe, self.runtime)
+        counts = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
+        self.console.line(f"data: {counts} examples from {self.recipe.dataset.uri}")
+        return splits
+
+    # ------------------------------------------------------------------------------------------------------- train -----
+    def _train(self, splits: dict[str, data.Examples], poster: Poster) -> EndReport:
+        import torch
+
+        recipe, scratch = self.recipe, self.runtime.workdir
+        checkpoints = Checkpoints(
+            open_store(recipe.checkpoint_uri, self.runtime.s3_root),
+            scratch / "checkpoints",
+            recipe.digest(),
+            keep_last=recipe.checkpoint.keep_last,
+            overwrite=recipe.output.overwrite,
+            log=self.console.line,
+        )
+        checkpoints.store.check()
+        restored = checkpoints.restore()
+        source = restored[1] / "model" if restored else model.fetch(recipe.model.uri, self.runtime)
+        tokenizer = model.load_tokenizer(source, recipe.model.uri)
+        encoded = {name: data.encode(examples, tokenizer, recipe.dataset.max_length) for name, examples in splits.items()}
+        self._tell_truncation(encoded)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(recipe.hyperparameters.seed)
+        classifier = model.build(source, recipe, tokenizer).to(device)
+        self._may_go_on()
+        checkpoints.begin(restored[0].step if restored else 0)
+        events = EventFiles(scratch / "logs" / f"{checkpoints.execution:04d}")
+        loop = self._loop(classifier, tokenizer, encoded, checkpoints, events, poster, restored)
+        try:
+            loop.train()
+            best = self._best(loop, checkpoints, tokenizer)
+            return self._publish(best, loop, encoded, tokenizer, events)
+        finally:
+            events.close()
+            self._upload_logs(events.folder, checkpoints.execution)
+
+    def _tell_truncation(self, encoded: dict[str, data.Encoded]) -> None:
+        cut, rows = sum(e.truncated for e in encoded.values()), sum(len(e) for e in encoded.values())
+        if cut:
+            self.console.line(
+                f"data: {cut} of {rows} texts reach dataset.maxLength ({self.recipe.dataset.max_length}) and are cut"
+            )
+
+    def _loop(  # noqa: PLR0917
+        self,
+        classifier: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        encoded: dict[str, data.Encoded],
+        checkpoints: Checkpoints,
+        events: EventFiles,
+        poster: Poster,
+        restored: tuple[Checkpoint, Path] | None,
+    ) -> "Loop":
+        from finetune_trainer.loop import Loop
+
+        latest: dict[str, Any] = {"left": 0.0, "values": {}, "scores": []}
+
+        def tell(*, urgent: bool = False) -> None:
+            status = trainer_status(loop.state.step, loop.total_steps, latest["left"], latest["values"], latest["scores"])
+            evaluations = thin([Evaluation.model_validate(e) for e in loop.state.evaluations])
+            report = ProgressReport(
+                trainer_status=status, evaluations=evaluations, checkpoint=self.checkpoint, resumed_from=self.resumed_from
+            )
+            poster.tell(report, urgent=urgent)
+
+        def on_step(loss: float, rate: float) -> None:
+            latest["left"] = self.console.step(loop.state.step, loop.total_steps, loss, rate)
+            if loss == loss:  # noqa: PLR0124  (not NaN: the first step's loss is read with the second)
+                latest["values"] = {"loss": loss, "learning_rate": rate}
+                events.add({"train/loss": loss, "train/learning_rate": rate}, loop.state.step)
+            tell()
+
+        def on_evaluation(scores: "Evaluated") -> None:
+            latest["scores"] = scores.named("validation")
+            events.add({f"validation/{n}": v for n, v in scores.values.items()}, loop.state.step)
+            shown = "  ".join(f"{n} {v:.4f}" for n, v in scores.values.items())
+            best = "  (best so far)" if loop.state.best_step == loop.state.step else ""
+            self.console.line(f"step {loop.state.step}: validation  {shown}{best}")
+            tell(urgent=True)
+
+        def on_commit(checkpoint: Checkpoint) -> None:
+            self.checkpoint = checkpoint.status(checkpoints.store)
+            tell(urgent=True)
+
+        loop = Loop(
+            recipe=self.recipe,
+            model=classifier,
+            train_data=encoded["train"],
+            validation_data=encoded["validation"],
+            pad=int(tokenizer.pad_token_id),
+            checkpoints=checkpoints,
+            save_model=lambda m, folder: save_model(m, tokenizer, self.recipe, folder),
+            stopping=self.stopping,
+            on_step=on_step,
+            on_evaluation=on_evaluation,
+            on_commit=on_commit,
+            resumed=restored[1] if restored else None,
+        )
+        if restored:
+            self.checkpoint = self.resumed_from = restored[0].status(checkpoints.store)
+            self.console.line(f"going on from step {loop.state.step} of {loop.total_steps} ({self.resumed_from.uri})")
+        tell(urgent=True)
+        return loop
+
+    # ----------------------------------------------------------------------------------------------- score, publish ----
+    def _best(self, loop: "Loop", checkpoints: Checkpoints, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+        """The model of the best evaluation: the one in memory, or the one in its checkpoint."""
+        if loop.state.best_step in (None, loop.state.step):
+            return loop.model
+        found = next((c for c in checkpoints.committed() if c.name == loop.state.best_checkpoint), None)
+        folder = checkpoints.fetch(found) if found else None
+        if folder is None:
+            raise TrainingFailure(
+                "CheckpointCorrupt",
+                f"the checkpoint of the best model, {checkpoints.store.uri}/{loop.state.best_checkpoint}, cannot be read",
+            )
+        self.console.line(f"the best model is that of step {loop.state.best_step}; it is restored")
+        return model.build(folder / "model", self.recipe, tokenizer).to(loop.device)
+
+    def _publish(
+        self,
+        best: "PreTrainedModel",
+        loop: "Loop",
+        encoded: dict[str, data.Encoded],
+        tokenizer: "PreTrainedTokenizerBase",
+        events: EventFiles,
+    ) -> EndReport:
+        """Scores the best model, test data included, and writes model/ and then result.json."""
+        from finetune_trainer.evaluation import evaluate
+
+        scores = {s: evaluate(best, e, loop.pad, loop.device) for s, e in encoded.items() if s != "train"}
+        metrics: list[MetricValue] = [m for split, score in scores.items() for m in score.named(split)]
+        for split, score in scores.items():
+            events.add({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
+        folder = self.runtime.workdir / "final"
+        save_model(best, tokenizer, self.recipe, folder)
+        upload_folder(folder, self.output, names.MODEL_DIR)
+        result = Result(
+            model_uri=f"{self.output.uri}/{names.MODEL_DIR}", metrics=metrics, best_step=loop.state.best_step or loop.state.step
+        )
+        file = ResultFile(
+            recipe_digest=self.recipe.digest(),
+            result=result,
+            recipe=self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
+            resolved={"learningRate": loop.rate, "steps": loop.total_steps, "device": loop.device.type},
+            evaluations=[Evaluation.model_validate(e) for e in loop.state.evaluations],
+            per_class={split: score.per_class(self.recipe.dataset.labels) for split, score in scores.items()},
+            steps=loop.state.step,
+            examples=loop.state.examples,
+            started=self.started,
+            finished=datetime.now(UTC),
+            versions={package: version(package) for package in ("torch", "transformers", "finetune-operator")},
+        )
+        self.output.put(names.RESULT_FILE, file.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode())
+        return EndReport(
+            outcome=Outcome.COMPLETE,
+            step=loop.state.step,
+            result=result,
+            checkpoint=self.checkpoint,
+            resumed_from=self.resumed_from,
+            evaluations=thin(file.evaluations),
+        )
+
+    def _upload_logs(self, folder: Path, execution: int) -> None:
+        try:
+            upload_folder(folder, self.output, f"{names.LOGS_DIR}/{execution:04d}")
+        except TrainingFailure as error:
+            # Logs are no reason to lose a trained model; where the storage is gone, the training has failed by itself.
+            self.console.line(f"TensorBoard files were not uploaded: {error.message}")
+
+
+_OTHER = "change output.storageUri, or set output.overwrite: true to replace it"
+
+
+def thin(evaluations: list[Evaluation]) -> list[Evaluation]:
+    """At most 64, first and last kept: what a status may hold."""
+    while len(evaluations) > 64:
+        evaluations = [*evaluations[:-1:2], evaluations[-1]]
+    return evaluations
+
+
+def read_splits(recipe: Recipe, runtime: Runtime) -> dict[str, data.Examples]:
+    """Fetches and reads the data set's files (also for `finetune validate`). Raises TrainingFailure."""
+    dataset = recipe.dataset
+    store = open_store(dataset.uri, runtime.s3_root)
+    store.check()
+    files = {"train": dataset.train, "validation": dataset.validation}
+    if dataset.test:
+        files["test"] = dataset.test
+    splits = {}
+    for split, file in files.items():
+        target = runtime.workdir / "data" / file
+        try:
+            store.download(file, target)
+        except Missing as error:
+            present = [k for k in store.list() if k.endswith((".csv", ".jsonl"))][:10]
+            there = f"; it has {', '.join(present)}" if present else " and it has no .csv or .jsonl file"
+            raise TrainingFailure("DataInvalid", f"dataset.{split}: there is no {file} in {dataset.uri}{there}") from error
+        splits[split] = data.read_split(target, dataset, name=file, training=split == "train")
+    return splits
+
+
+def save_model(trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, folder: Path) -> None:
+    """A stock model folder (from_pretrained loads it), with our card beside it. One file of weights, whatever their size."""
+    trained.save_pretrained(folder, max_shard_size="1000GB")
+    tokenizer.save_pretrained(folder)
+    card = {
+        "task": recipe.task,
+        "labels": recipe.dataset.labels,
+        "maxLength": recipe.dataset.max_length,
+        "textColumn": recipe.dataset.text_column,
+        "labelColumn": recipe.dataset.label_column,
+        "recipeDigest": recipe.digest(),
+    }
+    (folder / names.MODEL_CARD_FILE).write_text(json.dumps(card, indent=1))
+
+
+def upload_folder(folder: Path, store: Store, prefix: str) -> None:
+    """Every file of the folder under the prefix."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        store.upload(path, f"{prefix}/{path.relative_to(folder).as_posix()}")

@@ -1,0 +1,276 @@
+"""Where bytes live: a folder or a prefix of an S3 bucket behind one small Protocol.
+
+Keys are relative, with "/" between parts. Every error leaves here as a failure class with a sentence that names the place;
+nothing else in the trainer knows boto3.
+"""
+
+import base64
+import contextlib
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlparse
+
+from finetune_trainer.errors import TrainingFailure
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "Forbidden", "ExpiredToken", "InvalidToken"}
+MISSING = {"NoSuchKey", "404", "NotFound"}
+
+
+class Missing(KeyError):  # noqa: N818
+    """There is no object under this key."""
+
+
+class Store(Protocol):
+    """A place for objects. `put_if_absent` is the only write that may refuse; a reader never sees half an object."""
+
+    uri: str
+
+    def put(self, key: str, data: bytes) -> None: ...
+    def put_if_absent(self, key: str, data: bytes) -> bool: ...
+    def get(self, key: str) -> bytes: ...
+    def upload(self, path: Path, key: str) -> None: ...
+    def download(self, key: str, path: Path) -> None: ...
+    def list(self, prefix: str = "") -> "list[str]": ...
+    def delete(self, key: str) -> None: ...
+    def check(self) -> None:
+        """Raises the failure that a first use would: no such bucket, no access, no answer."""
+
+
+def open_store(uri: str, s3_root: Path | None = None) -> Store:
+    """The store at s3://bucket/prefix or file:///path. With `s3_root`, s3://bucket/key is the folder s3_root/bucket/key."""
+    parsed = urlparse(uri)
+    if parsed.scheme == "file":
+        return FolderStore(Path(parsed.path), uri.rstrip("/"))
+    if s3_root is not None:
+        if not (s3_root / parsed.netloc).is_dir():
+            raise TrainingFailure(
+                "StorageNotFound",
+                f"{uri}: there is no folder for the bucket {parsed.netloc!r} below {s3_root}: create it, or correct the uri",
+            )
+        return FolderStore(s3_root / parsed.netloc / parsed.path.lstrip("/"), uri.rstrip("/"))
+    return S3Store(parsed.netloc, parsed.path.strip("/"))
+
+
+class FolderStore:
+    """A folder; writes are atomic by rename and durable by fsync."""
+
+    def __init__(self, root: Path, uri: str | None = None) -> None:
+        self.root = root
+        self.uri = uri or f"file://{root}"
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._errors(key), self._temporary(key) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            temporary.replace(self.root / key)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        with self._errors(key), self._temporary(key) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                os.link(temporary, self.root / key)  # unlike rename, link refuses an existing name
+            except FileExistsError:
+                return False
+        return True
+
+    def get(self, key: str) -> bytes:
+        with self._errors(key):
+            return (self.root / key).read_bytes()
+
+    def upload(self, path: Path, key: str) -> None:
+        with self._errors(key), self._temporary(key) as temporary:
+            shutil.copyfile(path, temporary)
+            _sync(temporary)
+            temporary.replace(self.root / key)
+
+    def download(self, key: str, path: Path) -> None:
+        with self._errors(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.root / key, path)
+
+    def list(self, prefix: str = "") -> list[str]:
+        folder = self.root / prefix.rpartition("/")[0]
+        with self._errors(prefix):
+            found = (p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix != ".part")
+            return sorted(key for key in found if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            (self.root / key).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first folder that is not empty ends it
+                for folder in (self.root / key).parents:
+                    folder.rmdir()
+
+    def check(self) -> None:
+        with self._errors(""):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root, suffix=".part"):
+                pass
+
+    @contextlib.contextmanager
+    def _temporary(self, key: str) -> Iterator[Path]:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
+        os.close(handle)
+        try:
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise Missing(key) from error
+        except PermissionError as error:
+            raise TrainingFailure("StorageDenied", f"{self.uri}: no permission to use {self.root / key}") from error
+        except OSError as error:
+            raise TrainingFailure("StorageUnavailable", f"{self.uri}: {error.strerror or error}") from error
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class S3Store:
+    """A prefix of a bucket. Retries (with jitter, capped) are botocore's; conditional writes use If-None-Match."""
+
+    def __init__(self, bucket: str, prefix: str, client: "S3Client | None" = None) -> None:
+        self.bucket = bucket
+        self.prefix = prefix
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.client = client or _s3_client()
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        with self._errors(key):
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if _code(error) in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}:
+                    # A retried request may have met its own first try: what is there then is ours.
+                    return self.get(key) == data
+                raise
+        return True
+
+    def get(self, key: str) -> bytes:
+        with self._errors(key):
+            data: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            return data
+
+    def upload(self, path: Path, key: str) -> None:
+        with self._errors(key):
+            # The checksum of the whole object makes the store refuse what arrives changed.
+            extra = {"ChecksumCRC32": _crc32(path), "ChecksumAlgorithm": "CRC32"}
+            self.client.upload_file(str(path), self.bucket, self._key(key), ExtraArgs=extra)
+
+    def download(self, key: str, path: Path) -> None:
+        with self._errors(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.client.download_file(self.bucket, self._key(key), str(path))
+
+    def list(self, prefix: str = "") -> list[str]:
+        with self._errors(prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
+            cut = len(self.prefix) + 1 if self.prefix else 0
+            return sorted(o["Key"][cut:] for page in pages for o in page.get("Contents", []))
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def check(self) -> None:
+        with self._errors(""):
+            self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        from boto3.exceptions import S3UploadFailedError
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise TrainingFailure("StorageDenied", _no_credentials(self.uri)) from error
+        except (ClientError, S3UploadFailedError) as error:
+            cause = error if isinstance(error, ClientError) else error.__context__
+            code = _code(cause) if isinstance(cause, ClientError) else str(cause)
+            if code == "NoSuchBucket":
+                message = f"{self.uri}: the bucket {self.bucket!r} does not exist: create it, or correct the uri"
+                raise TrainingFailure("StorageNotFound", message) from error
+            if code in MISSING:
+                raise Missing(key) from error
+            if code in DENIED:
+                raise TrainingFailure(
+                    "StorageDenied", f"{self.uri}: the storage refused the credentials ({code}). {_ADVICE}"
+                ) from error
+            raise TrainingFailure("StorageUnavailable", f"{self.uri}: the storage answered {code}") from error
+        except BotoCoreError as error:
+            message = f"{self.uri}: the storage does not answer ({type(error).__name__}). Check AWS_ENDPOINT_URL and the network"
+            raise TrainingFailure("StorageUnavailable", message) from error
+
+
+_ADVICE = (
+    "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (trainer.envFrom names a Secret with them) or the ServiceAccount, "
+    "and its rights on the bucket"
+)
+
+
+def _no_credentials(uri: str) -> str:
+    return f"{uri}: no S3 credentials were given. {_ADVICE}"
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _crc32(path: Path) -> str:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def _s3_client() -> "S3Client":
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=10,
+        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 6},
+        # Custom endpoints rarely resolve bucket.host; AWS itself understands both.
+        s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else None,
+    )
+    return boto3.client(
+        "s3", region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1", config=config
+    )
+
+
+def fetch_folder(store: Store, folder: Path) -> int:
+    """Downloads every object of the store into the folder; the number of files."""
+    keys = store.list()
+    for key in keys:
+        store.download(key, folder / key)
+    return len(keys)
