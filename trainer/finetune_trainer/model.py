@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_api.names import ENV_MODEL_MIRROR
 from finetune_api.recipe import Dropout, Recipe
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
@@ -78,9 +79,10 @@ def _fetch_hub(repository: str, revision: str | None, uri: str) -> Path:
         message = f"model.uri {uri}: the hub has no such model or revision, or it needs a token"
         raise TrainingFailure("ModelNotFound", message) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        mirror = os.environ.get(ENV_MODEL_MIRROR) or "none is set"
         raise TrainingFailure(
             "ModelNotFound",
-            f"model.uri {uri}: it is not in the model mirror ({os.environ.get('FINETUNE_MODEL_MIRROR') or 'none is set'}) and the hub "
+            f"model.uri {uri}: it is not in the model mirror ({mirror}) and the hub "
             "cannot be reached: set the mirror (FINETUNE_MODEL_MIRROR, --model-mirror) or use s3:// or file://",
         ) from error
     return _checked(Path(folder), uri)
@@ -106,7 +108,7 @@ def set_dropout(config: "PretrainedConfig", dropout: Dropout) -> None:
             possible = [r for r, gs in DROPOUT_FIELDS.items() if any(hasattr(config, f) for g in gs for f in g)]
             raise TrainingFailure(
                 "RecipeInvalid",
-                f"hyperparameters.dropout.{role}: {config.model_type} has no such dropout; it has: {', '.join(possible) or 'none'}",
+                f"hyperparameters.dropout.{role}: {config.model_type} has no such dropout, only: {', '.join(possible)}",
             )
         for field in fields:
             setattr(config, field, rate)

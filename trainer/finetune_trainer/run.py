@@ -127,7 +127,7 @@ class Run:
                 f"data: {cut} of {rows} texts reach dataset.maxLength ({self.recipe.dataset.max_length}) and are cut"
             )
 
-    def _loop(  # noqa: PLR0917
+    def _loop(
         self,
         classifier: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",

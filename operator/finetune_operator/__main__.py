@@ -1,0 +1,80 @@
+"""`python -m finetune_operator`: runs the operator. Exit 0 after SIGTERM, 1 when it cannot work or a part died, 2 for wrong flags."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+from finetune_operator import __version__
+from finetune_operator.control import preflight
+from finetune_operator.control.app import Options, run
+from finetune_operator.observe.log import set_up
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} must be host:port, for example 0.0.0.0:8080")
+    return host.strip("[]"), int(port)
+
+
+def _url(text: str) -> str:
+    if not text.startswith("https://"):
+        raise argparse.ArgumentTypeError(f"{text!r} must begin with https://")
+    return text
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m finetune_operator", description="Runs FineTuneJobs as trainer pods.")
+    add = parser.add_argument
+    add("--namespace", action="append", default=[], dest="namespaces", help="namespace to watch; repeatable (default: all)")
+    add("--trainer-image", required=True, help="image of trainer pods, where a job names none")
+    add("--progress-url", required=True, type=_url, help="https://host:port under which pods reach the progress server")
+    add("--progress-bind", type=_address, default=("0.0.0.0", 8443), help="address of the progress server")  # noqa: S104
+    add("--metrics-bind", type=_address, default=("0.0.0.0", 8080), help="address of /metrics, /healthz, /readyz")  # noqa: S104
+    add("--tls-secret", default="finetune-operator-progress", help="Secret that keeps the progress server's CA")
+    add("--own-namespace", default=os.environ.get("POD_NAMESPACE", "default"), help="namespace of that Secret")
+    add("--workers", type=int, default=10, help="reconciles at a time")
+    add("--resync-seconds", type=_positive, default=300.0, help="pause between full lists")
+    add(
+        "--restart-backoff-seconds", type=_positive, default=10.0, help="wait before the first counted restart; doubles each time"
+    )
+    add("--model-mirror", help="where trainers look hf:// models up first: a folder in the pod or an s3:// prefix")
+    add("--kubeconfig", type=Path, help="default: KUBECONFIG, then the pod's ServiceAccount")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least severity that is logged")
+    add("--log-format", choices=("text", "json"), default="text", help="style of log lines")
+    add("--version", action="version", version=__version__)
+    return parser
+
+
+def main() -> int:
+    """The exit code."""
+    arguments = vars(build_parser().parse_args())
+    set_up(arguments.pop("log_level"), arguments.pop("log_format"))
+    log = logging.getLogger("finetune_operator")
+    try:
+        asyncio.run(run(Options(**arguments)))
+    except preflight.NotReady as error:
+        log.error("%s", error)  # noqa: TRY400  (a sentence for people, without a traceback)
+        return 1
+    except OSError as error:
+        log.error("cannot listen: %s", error)  # noqa: TRY400
+        return 1
+    except Exception:
+        log.exception("a part of the operator died; ending so that it is started anew")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Before anything else: is the API server there, is the CRD installed, are the rights given? One sentence for each thing that is missing."""
+
+import asyncio
+
+from finetune_api import names
+from finetune_operator.kube import port
+from finetune_operator.kube.permissions import PERMISSIONS, Permission, Scope
+from finetune_operator.kube.port import JOBS, Cluster
+
+
+class NotReady(Exception):  # noqa: N818
+    """The operator cannot work here; the sentences say what to do."""
+
+
+async def check(cluster: Cluster, namespaces: list[str], own_namespace: str, secret: str) -> None:
+    """Raises NotReady."""
+    try:
+        await cluster.discover("/version")
+        await _crd(cluster)
+        missing = await _missing_rights(cluster, namespaces, own_namespace, secret)
+    except port.ApiError as error:
+        raise NotReady(f"The API server at hand cannot be used: {error.message}") from error
+    if missing:
+        raise NotReady(
+            f"The operator's account lacks rights: {'; '.join(missing)}. Install the chart's roles (helm upgrade --install) and start again."
+        )
+
+
+async def _crd(cluster: Cluster) -> None:
+    install = "install it (kubectl apply -f crds/, or the chart) and start again."
+    try:
+        served = await cluster.discover(JOBS.root)
+    except port.NotFound as error:
+        raise NotReady(f"The CRD {JOBS.plural}.{names.GROUP} is not installed: {install}") from error
+    plurals = {r["name"] for r in served.get("resources", [])}
+    if not {JOBS.plural, f"{JOBS.plural}/status"} <= plurals:
+        raise NotReady(f"The CRD {JOBS.plural}.{names.GROUP} does not serve {JOBS.version} with a status: {install}")
+
+
+async def _missing_rights(cluster: Cluster, namespaces: list[str], own_namespace: str, secret: str) -> list[str]:
+    asked: list[tuple[Permission, str, str | None, str]] = []
+    for permission in PERMISSIONS:
+        if permission.scope is Scope.CLUSTER:
+            places: list[str | None] = [None]
+        elif permission.scope is Scope.OWN:
+            places = [own_namespace]
+        else:
+            places = list(namespaces) or [None]
+        name = secret if permission.scope is Scope.OWN else ""
+        asked.extend((permission, verb, place, name) for place in places for verb in permission.verbs)
+    answers = await asyncio.gather(*(_allowed(cluster, *question) for question in asked))
+    return [
+        f"{verb} {permission.resource}{'.' + permission.group if permission.group else ''}"
+        f"{' ' + name if name else ''}{' in ' + place if place else ''} ({permission.why})"
+        for (permission, verb, place, name), allowed in zip(asked, answers, strict=True)
+        if not allowed
+    ]
+
+
+async def _allowed(cluster: Cluster, permission: Permission, verb: str, namespace: str | None, name: str) -> bool:
+    resource, _, subresource = permission.resource.partition("/")
+    attributes = {
+        "verb": verb,
+        "group": permission.group,
+        "resource": resource,
+        "subresource": subresource,
+        "namespace": namespace or "",
+        "name": name,
+    }
+    answer = await cluster.review("authorization.k8s.io", "SelfSubjectAccessReview", {"resourceAttributes": attributes})
+    return bool(answer.get("allowed"))

@@ -1,0 +1,227 @@
+"""The reconcile: observe (live reads) -> decide (pure) -> apply (idempotent) -> one status write.
+
+Whatever happens in between, the key comes back: after an event, after a conflict, after a backoff, at the resync.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from finetune_api import names
+from finetune_operator.control.queue import ShutDown, WorkQueue
+from finetune_operator.domain.child import child_name, owned_by
+from finetune_operator.domain.decide import decide
+from finetune_operator.domain.outcome import true_condition
+from finetune_operator.domain.status import find_condition, is_finished, is_true, only_progress_differs, stamp
+from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, Event, Object, Observed, Progress, Settings
+from finetune_operator.kube import port
+from finetune_operator.kube.port import CHILDREN, EVENTS, JOBS, PODS, Cluster, merge_patch
+from finetune_operator.observe.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str]
+"""Namespace and name of a FineTuneJob."""
+
+PROGRESS_WRITE_SECONDS = 10.0
+
+
+class Reconciler:
+    """Works on one key at a time; many run side by side on different keys."""
+
+    def __init__(self, cluster: Cluster, settings: Settings, queue: WorkQueue[Key], metrics: Metrics) -> None:
+        self.cluster = cluster
+        self.settings = settings
+        self.queue = queue
+        self.metrics = metrics
+        self.progress: dict[Key, Progress] = {}
+        """Newest report per resource, filled by the progress server."""
+        self.finished: set[Key] = set()
+        """Resources that are Complete or Failed: events of their children need no read."""
+        self.heartbeat = time.monotonic()
+        self._written: dict[Key, float] = {}
+
+    async def work(self) -> None:
+        """Until the queue is closed."""
+        while True:
+            try:
+                key = await self.queue.get()
+            except ShutDown:
+                return
+            self.heartbeat = time.monotonic()
+            try:
+                await self._one(key)
+            finally:
+                self.queue.done(key)
+
+    async def _one(self, key: Key) -> None:
+        with self.metrics.reconcile_seconds.time():
+            try:
+                await self.reconcile(key)
+            except port.Conflict:
+                self.queue.retry(key)  # somebody wrote in between: look again
+            except port.ApiError as error:
+                log.warning("%s/%s: %s; trying again", *key, error)
+                self.metrics.reconcile_errors.labels(error.reason).inc()
+                self.queue.retry(key, at_least=error.retry_after or 0.0)
+            except Exception as error:
+                log.exception("%s/%s: unexpected error", *key)
+                self.metrics.reconcile_errors.labels(type(error).__name__).inc()
+                self.queue.retry(key, at_least=1.0)
+            else:
+                self.queue.forget(key)
+
+    async def reconcile(self, key: Key) -> None:
+        """Once. Raises ApiError."""
+        try:
+            job = await self.cluster.get(JOBS, *key)
+        except port.NotFound:
+            self.forget(key)
+            return
+        observed = await self.observe(job)
+        decision = decide(observed, datetime.now(UTC), self.settings)
+        decision = await self._apply(job, observed, decision)
+        await self._write(key, job, decision)
+
+    def forget(self, key: Key) -> None:
+        """The resource is gone."""
+        self.progress.pop(key, None)
+        self._written.pop(key, None)
+        self.finished.discard(key)
+        self.metrics.saw(*key, None)
+
+    # ----------------------------------------------------------------------------------------------------- observe -----
+    async def observe(self, job: Object) -> Observed:
+        """Reads what belongs to the resource. A finished one costs nothing more."""
+        status = job.get("status") or {}
+        if is_finished(status):
+            return Observed(job=job)
+        namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
+        attempt = int(status.get("attempt") or 0)
+        child = await self._child(namespace, child_name(name, attempt)) if attempt else None
+        over = child is None or true_condition(child, "Complete") or true_condition(child, "Failed")
+        following = await self._child(namespace, child_name(name, attempt + 1)) if over else None
+        pods: tuple[Object, ...] = ()
+        if attempt or following:
+            pods = tuple([pod async for pod in self.cluster.list(PODS, namespace, f"{names.LABEL_JOB}={name}")])
+        return Observed(job=job, child=child, next_child=following, pods=pods, progress=self.progress.get((namespace, name)))
+
+    async def _child(self, namespace: str, name: str) -> Object | None:
+        try:
+            child = await self.cluster.get(CHILDREN, namespace, name)
+        except port.NotFound:
+            return None
+        # A child that is being deleted is as good as gone: its pods are what counts.
+        return None if child["metadata"].get("deletionTimestamp") else child
+
+    # ------------------------------------------------------------------------------------------------------- apply -----
+    async def _apply(self, job: Object, observed: Observed, decision: Decision) -> Decision:
+        for action in decision.actions:
+            if isinstance(action, CreateJob):
+                try:
+                    await self._create(job, action)
+                except port.Refused as error:
+                    refused = decide(replace(observed, create_error=error.message), datetime.now(UTC), self.settings)
+                    return await self._apply(job, observed, refused)
+            elif isinstance(action, DeleteJob):
+                await self._delete(job, action)
+            else:
+                await self._tell(job, action)
+        return decision
+
+    async def _create(self, job: Object, action: CreateJob) -> None:
+        namespace, name = job["metadata"]["namespace"], action.manifest["metadata"]["name"]
+        try:
+            await self.cluster.create(CHILDREN, namespace, action.manifest)
+            log.info("%s/%s: created Job %s", namespace, job["metadata"]["name"], name)
+        except port.AlreadyExists as error:
+            existing = await self.cluster.get(CHILDREN, namespace, name)
+            if not owned_by(existing, job["metadata"]["uid"]):
+                raise port.Conflict(409, "NameConflict", f"Job {name} belongs to somebody else") from error
+
+    async def _delete(self, job: Object, action: DeleteJob) -> None:
+        namespace = job["metadata"]["namespace"]
+        try:
+            await self.cluster.delete(CHILDREN, namespace, action.name, action.uid)
+            log.info("%s/%s: deleted Job %s", namespace, job["metadata"]["name"], action.name)
+        except (port.NotFound, port.Conflict):
+            pass  # gone, or another one by now: either way ours is no more
+
+    async def _tell(self, job: Object, event: Event) -> None:
+        meta = job["metadata"]
+        attempt = (job.get("status") or {}).get("attempt", 0)
+        digest = hashlib.sha256(f"{meta['uid']}/{attempt}/{event.reason}/{event.message}".encode()).hexdigest()[:16]
+        now = stamp(datetime.now(UTC))
+        body = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{meta['name']}.{digest}", "namespace": meta["namespace"]},
+            "involvedObject": {
+                "apiVersion": names.API_VERSION,
+                "kind": names.KIND_JOB,
+                "name": meta["name"],
+                "namespace": meta["namespace"],
+                "uid": meta["uid"],
+            },
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message[:1024],
+            "source": {"component": names.MANAGER},
+            "reportingComponent": names.MANAGER,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        try:
+            await self.cluster.create(EVENTS, meta["namespace"], body)
+        except port.AlreadyExists:
+            pass  # told before: the name is made from what is said
+        except port.ApiError as error:
+            # An event is for people's convenience; the condition says the same. It must not hold up the job.
+            log.warning("%s/%s: event %s was not recorded: %s", meta["namespace"], meta["name"], event.reason, error)
+            self.metrics.reconcile_errors.labels("EventNotRecorded").inc()
+
+    # ------------------------------------------------------------------------------------------------------- write -----
+    async def _write(self, key: Key, job: Object, decision: Decision) -> None:
+        old = job.get("status") or {}
+        new = decision.status
+        self.metrics.saw(*key, new.get("state") or "Unknown")
+        if new != old:
+            wait = self._written.get(key, 0.0) + PROGRESS_WRITE_SECONDS - time.monotonic()
+            if wait > 0 and only_progress_differs(old, new):
+                self.queue.add_after(key, wait)
+            else:
+                patch = {"metadata": {"resourceVersion": job["metadata"]["resourceVersion"]}, "status": merge_patch(old, new)}
+                try:
+                    await self.cluster.patch(JOBS, *key, patch, subresource="status")
+                except port.NotFound:
+                    self.forget(key)
+                    return
+                self._written[key] = time.monotonic()
+                self.metrics.status_writes.inc()
+                self._count(key, old, new)
+        if decision.finished:
+            self.finished.add(key)
+            self.progress.pop(key, None)
+            self._written.pop(key, None)
+        elif decision.requeue_after is not None:
+            self.queue.add_after(key, decision.requeue_after)
+
+    def _count(self, key: Key, old: Object, new: Object) -> None:
+        if more := int(new.get("restarts") or 0) - int(old.get("restarts") or 0):
+            self.metrics.restarts.labels(key[0]).inc(max(0, more))
+        if is_finished(new) and not is_finished(old):
+            outcome = "Complete" if is_true(new, "Complete") else "Failed"
+            reason = (find_condition(new, outcome) or {}).get("reason", "")
+            self.metrics.finished.labels(key[0], outcome, reason).inc()
+            log.info("%s/%s: %s (%s)", *key, outcome, reason)
+
+
+async def run_workers(reconciler: Reconciler, count: int) -> None:
+    """So many workers, until the queue is closed; a worker that dies takes all down."""
+    async with asyncio.TaskGroup() as group:
+        for _ in range(count):
+            group.create_task(reconciler.work())

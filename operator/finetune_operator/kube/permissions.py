@@ -1,0 +1,40 @@
+"""Every right that the operator needs, and why. The preflight asks for exactly these; the chart's roles are compared with it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Scope(StrEnum):
+    """Where a right is needed."""
+
+    WATCHED = "watched"
+    """In the namespaces that are watched (all, or the given ones)."""
+    CLUSTER = "cluster"
+    """The resource has no namespace."""
+    OWN = "own"
+    """In the operator's own namespace, on one object by name."""
+
+
+@dataclass(frozen=True)
+class Permission:
+    """One row: verbs on a resource (with subresource behind a slash)."""
+
+    verbs: tuple[str, ...]
+    group: str
+    resource: str
+    scope: Scope
+    why: str
+
+
+PERMISSIONS: tuple[Permission, ...] = (
+    Permission(("get", "list", "watch"), "finetune.dev", "finetunejobs", Scope.WATCHED, "to know what is wanted"),
+    Permission(("patch",), "finetune.dev", "finetunejobs/status", Scope.WATCHED, "to say what happens"),
+    Permission(("update",), "finetune.dev", "finetunejobs/finalizers", Scope.WATCHED, "to own children (blockOwnerDeletion)"),
+    Permission(
+        ("get", "list", "watch", "create", "delete"), "batch", "jobs", Scope.WATCHED, "each attempt is a Job; suspend deletes it"
+    ),
+    Permission(("get", "list", "watch"), "", "pods", Scope.WATCHED, "to see how the trainer's pod fares and who posts progress"),
+    Permission(("create",), "", "events", Scope.WATCHED, "to tell users what was done (kubectl describe)"),
+    Permission(("create",), "authentication.k8s.io", "tokenreviews", Scope.CLUSTER, "to know which pod posts progress"),
+    Permission(("get", "patch"), "", "secrets", Scope.OWN, "the progress server's own CA, in one Secret by name"),
+)
