@@ -1,12 +1,11 @@
 """The FineTuneJob resource: spec (recipe + placement), status, and what of it may change when."""
 
 import re
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AwareDatetime, Field, StringConstraints, field_validator
 
-from finetune_api.base import Cel, Model
+from finetune_api.base import Cel, EachOnce, Model
 from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
 from finetune_api.placement import Placement
 from finetune_api.recipe import Recipe
@@ -131,10 +130,7 @@ class FineTuneJobStatus(Model):
     state: Annotated[str, StringConstraints(max_length=32)] | None = None
     """One word for people: Pending, Queued, Running, Restarting, Suspending, Suspended, Stopping, Complete or Failed.
     Programs read the conditions."""
-    conditions: Annotated[
-        list[StatusCondition],
-        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
-    ] = []
+    conditions: Annotated[list[StatusCondition], Field(max_length=16), EachOnce("type")] = []
     """Running, Progressing, Checkpointed, Suspended, Complete and Failed; set on first sight."""
     start_time: AwareDatetime | None = None
     """When the first pod ran."""
@@ -152,13 +148,7 @@ class FineTuneJobStatus(Model):
     """Restarts that used up failurePolicy.maxRestarts."""
     trainer_status: TrainerStatus | None = None
     """Progress as last reported."""
-    evaluations: Annotated[
-        list[Evaluation],
-        Field(
-            max_length=64,
-            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["examples"]},
-        ),
-    ] = []
+    evaluations: Annotated[list[Evaluation], Field(max_length=64), EachOnce("examples")] = []
     """Evaluations on the validation data, at most 64: when full, every second one is dropped, the first and last stay."""
     checkpoint: CheckpointStatus | None = None
     """The newest durable checkpoint."""
@@ -166,10 +156,7 @@ class FineTuneJobStatus(Model):
     """The checkpoint that the current attempt went on from."""
     lost_work_seconds: Annotated[int, Field(ge=0)] | None = None
     """Training time done after the last durable checkpoint and lost by restarts, over all attempts."""
-    jobs_status: Annotated[
-        list[ChildStatus],
-        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
-    ] = []
+    jobs_status: Annotated[list[ChildStatus], Field(max_length=8), EachOnce("name")] = []
     """The current attempt's Job."""
     result: Result | None = None
     """What the training produced."""
@@ -179,8 +166,11 @@ class FineTuneJob(Model):
     """Fine-tunes a model on Kubernetes: this model, this data, these hyperparameters, these GPUs."""
 
     api_version: Literal["finetune.dev/v1alpha1"] = API_VERSION  # type: ignore[assignment]
+    """Group and version of this schema."""
     kind: Literal["FineTuneJob"] = KIND_JOB  # type: ignore[assignment]
+    """FineTuneJob."""
     metadata: dict[str, Any]
+    """Name, namespace, labels and annotations. A label kueue.x-k8s.io/queue-name sends the job through that queue."""
     spec: FineTuneJobSpec
     """What to train, where it runs."""
     status: FineTuneJobStatus | None = None

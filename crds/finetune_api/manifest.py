@@ -1,9 +1,9 @@
 """Reads manifests the way the API server does, and says what is wrong with them in sentences.
 
-One loader for both hosts. PyYAML follows YAML 1.1, where `5e-5` is a string and `on` a boolean; kubectl goes through
-YAML -> JSON with the numbers of YAML 1.2, so `5e-5` is a number there. This loader agrees with kubectl on numbers.
+One loader for both hosts (kubeyaml.py), one set of models, and the API server's strictness about types: "3" is not a number.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from finetune_api.finetunejob import FineTuneJob
+from finetune_api.kubeyaml import KubeLoader
 from finetune_api.names import API_VERSION, KIND_JOB
 
 
@@ -23,21 +24,10 @@ class ManifestError(ValueError):
         self.problems = problems
 
 
-class _Loader(yaml.SafeLoader):
-    pass
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
 def load_yaml(text: str) -> list[Any]:
     """All documents of a YAML text; ManifestError with line and column where it is not YAML."""
     try:
-        return [doc for doc in yaml.load_all(text, Loader=_Loader) if doc is not None]
+        return [doc for doc in yaml.load_all(text, Loader=KubeLoader) if doc is not None]
     except yaml.YAMLError as error:
         raise ManifestError([f"not valid YAML: {error}"]) from error
 
@@ -66,7 +56,8 @@ def load_job_file(path: Path, overrides: list[str] | None = None) -> FineTuneJob
 def parse_job(doc: dict[str, Any]) -> FineTuneJob:
     """A FineTuneJob from a decoded object; ManifestError collects every problem at once."""
     try:
-        return FineTuneJob.model_validate(doc)
+        # Through JSON, as kubectl does: a key is a string there, and pydantic's strict mode knows that a time is written as one.
+        return FineTuneJob.model_validate_json(json.dumps(doc), strict=True)
     except ValidationError as error:
         raise ManifestError(explain(error)) from error
 
@@ -80,10 +71,15 @@ def explain(error: ValidationError) -> list[str]:
             problems.append(f"{path}: unknown field")
         elif e["type"] == "missing":
             problems.append(f"{path}: required, but not set")
+        elif e["type"] in ("each_once", "volume"):
+            # The input is a whole list or volume: the sentence says which part, and a value may be a secret.
+            problems.append(f"{path}: {e['msg']}")
         elif e["type"] == "value_error":
             problems.append(f"{path}{_join(path, str(e['ctx']['error']))}")
         else:
             said = e["msg"][0].lower() + e["msg"][1:]
+            if e["type"] == "string_type" and isinstance(e["input"], bool):
+                said += "; YAML reads yes, no, on, off, y and n as booleans: put the word in quotes"
             problems.append(f"{path}: {_short(e['input'])} is not allowed: {said}")
     return problems
 

@@ -1,26 +1,92 @@
 """The placement: where and how the training runs. The operator reads it; the trainer never sees it."""
 
-from typing import Annotated, Any, ClassVar, Self
+import re
+from typing import Annotated, Any, ClassVar, Self, cast
 
-from pydantic import Field, StringConstraints, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from finetune_api.base import Cel, Model
+from finetune_api.base import Cel, EachOnce, Model, Shape
 from finetune_api.names import RESERVED_ENV_PREFIXES
 
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
+_DNS = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+RESERVED_VOLUME_PREFIX = "finetune-"
+_VOLUME_SENTENCE = (
+    f"the name of a volume has lower-case letters, digits and '-', and does not begin with {RESERVED_VOLUME_PREFIX}"
+)
+
+
+def _quantity(value: Any) -> int | str:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if whole or (isinstance(value, str) and len(value) <= 32 and re.fullmatch(QUANTITY[1:-1], value)):
+        return cast("int | str", value)
+    raise PydanticCustomError("quantity", 'must be a whole number, or a quantity in quotes such as "500m" or "16Gi"')
+
 
 Quantity = Annotated[
-    int | Annotated[str, StringConstraints(pattern=QUANTITY, max_length=32)],
-    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY, "maxLength": 32}),
+    int | str,
+    PlainValidator(_quantity),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY, "maxLength": 32, "minimum": 0}),
 ]
 """A Kubernetes quantity such as 4, "500m" or "16Gi"."""
 
 FreeForm = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True})]
 """An object of the core API that is passed through; the API server checks it when the pod is made."""
 
-DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-EnvName = Annotated[str, StringConstraints(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", max_length=253)]
-LabelValue = Annotated[str, StringConstraints(max_length=63)]
+
+def _named_volume(value: dict[str, Any]) -> dict[str, Any]:
+    name = value.get("name")
+    if not isinstance(name, str) or not re.fullmatch(_DNS, name) or len(name) > 63 or name.startswith(RESERVED_VOLUME_PREFIX):
+        raise PydanticCustomError("volume", "{sentence}", {"sentence": _VOLUME_SENTENCE})
+    return value
+
+
+Volume = Annotated[
+    dict[str, Any],
+    AfterValidator(_named_volume),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "description": "A volume of the pod (core/v1 Volume); the API server checks it when the pod is made.",
+            "required": ["name"],
+            "properties": {"name": {"type": "string", "maxLength": 63, "description": "Name of the volume."}},
+            "x-kubernetes-preserve-unknown-fields": True,
+            "x-kubernetes-validations": [
+                {
+                    "rule": f"self.name.matches('^{_DNS}$') && !self.name.startsWith('{RESERVED_VOLUME_PREFIX}')",
+                    "message": _VOLUME_SENTENCE,
+                    "fieldPath": ".name",
+                }
+            ],
+        }
+    ),
+]
+
+DnsName = Annotated[
+    str,
+    StringConstraints(max_length=253),
+    Shape(rf"^{_DNS}(\.{_DNS})*$", "must be the name of an object: lower-case letters, digits, '-' and '.'"),
+]
+EnvName = Annotated[
+    str,
+    StringConstraints(max_length=253),
+    Shape(r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", "must be letters, digits, '_', '-' and '.', not beginning with a digit"),
+]
+LabelValue = Annotated[
+    str,
+    StringConstraints(max_length=63),
+    Shape(LABEL_VALUE, "must be letters, digits, '-', '_' and '.', with a letter or digit at both ends"),
+]
 
 
 class KeySelector(Model):
@@ -124,7 +190,7 @@ class PodMetadata(Model):
 
     labels: Annotated[dict[str, LabelValue], Field(max_length=64)] = {}
     """Labels to add. Those of the operator win."""
-    annotations: Annotated[dict[str, str], Field(max_length=64)] = {}
+    annotations: Annotated[dict[str, Annotated[str, StringConstraints(max_length=65536)]], Field(max_length=64)] = {}
     """Annotations to add. Those of the operator win."""
 
 
@@ -133,7 +199,7 @@ class VolumeMount(Model):
 
     name: DnsName
     """Name of the volume."""
-    mount_path: Annotated[str, StringConstraints(pattern=r"^/.+$", max_length=1024)]
+    mount_path: Annotated[str, StringConstraints(max_length=1024), Shape(r"^/[^:]+$", "must be an absolute path without ':'")]
     """Absolute path in the container."""
     read_only: bool = False
     """Whether writing is refused."""
@@ -152,12 +218,28 @@ class PodSpecPatch(Model):
     """Scheduling constraints (core/v1 Affinity)."""
     priority_class_name: DnsName | None = None
     """PriorityClass of the pod."""
-    image_pull_secrets: Annotated[list[ObjectName], Field(max_length=16)] = []
+    image_pull_secrets: Annotated[list[ObjectName], Field(max_length=16), EachOnce("name")] = []
     """Secrets to pull the image with."""
-    volumes: Annotated[list[FreeForm], Field(max_length=32)] = []
+    volumes: Annotated[list[Volume], Field(max_length=32), EachOnce("name")] = []
     """Volumes to add (core/v1 Volume)."""
-    volume_mounts: Annotated[list[VolumeMount], Field(max_length=32)] = []
+    volume_mounts: Annotated[list[VolumeMount], Field(max_length=32), EachOnce("mountPath")] = []
     """Where those volumes appear in the trainer's container."""
+
+    cel: ClassVar[tuple[Cel, ...]] = (
+        Cel(
+            "!has(self.volumeMounts) || self.volumeMounts.all(m, has(self.volumes) && self.volumes.exists(v, v.name == m.name))",
+            "each of volumeMounts must name one of volumes",
+            ".volumeMounts",
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _mounts_have_volumes(self) -> Self:
+        names = {v["name"] for v in self.volumes}
+        for mount in self.volume_mounts:
+            if mount.name not in names:
+                raise ValueError(f"volumeMounts: each of volumeMounts must name one of volumes; none is named {mount.name!r}")
+        return self
 
 
 class PodTemplate(Model):
@@ -174,7 +256,7 @@ class TrainerPlacement(Model):
 
     image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = None
     """Image with the trainer. Default: the operator's --trainer-image."""
-    env: Annotated[list[EnvVar], Field(max_length=128)] = []
+    env: Annotated[list[EnvVar], Field(max_length=128), EachOnce("name")] = []
     """Environment variables, for example AWS_ENDPOINT_URL."""
     env_from: Annotated[list[EnvFromSource], Field(max_length=32)] = []
     """Secrets and ConfigMaps whose keys become environment variables. Credentials belong here, never into the manifest."""

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from finetune_api.base import Cel, Model
+from finetune_api.base import Cel, EachOnce, Model, Shape
 from finetune_api.names import CHECKPOINTS_DIR
 
 MODEL_URI = r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9._/-]+)?|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+|file:///.+)$"
@@ -21,8 +21,22 @@ DATA_FILE = r"^[A-Za-z0-9_][A-Za-z0-9._/-]*\.(csv|jsonl)$"
 Share = Annotated[float, Field(ge=0, lt=1)]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
-StorageUri = Annotated[str, StringConstraints(pattern=STORAGE_URI, max_length=1024)]
-DataFile = Annotated[str, StringConstraints(pattern=DATA_FILE, max_length=253)]
+ModelUri = Annotated[
+    str,
+    StringConstraints(max_length=1024),
+    Shape(MODEL_URI, "must be hf://org/name[@revision], s3://bucket/prefix or file:///path"),
+]
+DataUri = Annotated[str, StringConstraints(max_length=1024), Shape(DATA_URI, "must be s3://bucket/prefix or file:///path")]
+StorageUri = Annotated[
+    str,
+    StringConstraints(max_length=1024),
+    Shape(STORAGE_URI, "must be s3://bucket/prefix (with a prefix) or file:///path"),
+]
+DataFile = Annotated[
+    str,
+    StringConstraints(max_length=253),
+    Shape(DATA_FILE, "must be the name of a .csv or .jsonl file, relative to dataset.uri"),
+]
 
 
 class Task(StrEnum):
@@ -34,7 +48,7 @@ class Task(StrEnum):
 class ModelSource(Model):
     """The pretrained model to start from."""
 
-    uri: Annotated[str, StringConstraints(pattern=MODEL_URI, max_length=1024)]
+    uri: ModelUri
     """Where the model is: hf://org/name[@revision], s3://bucket/prefix or file:///path (a path inside the pod). hf:// looks
     first in the mirror (FINETUNE_MODEL_MIRROR), then at the hub."""
 
@@ -42,7 +56,7 @@ class ModelSource(Model):
 class Dataset(Model):
     """The labelled examples: csv (with a header line) or jsonl (one object per line), in UTF-8."""
 
-    uri: Annotated[str, StringConstraints(pattern=DATA_URI, max_length=1024)]
+    uri: DataUri
     """Folder that holds the files: s3://bucket/prefix or file:///path (a path inside the pod)."""
     train: DataFile = "train.csv"
     """File to train on, relative to uri."""
@@ -54,7 +68,7 @@ class Dataset(Model):
     """Column with the text."""
     label_column: Column = "label"
     """Column with the label."""
-    labels: Annotated[list[Label], Field(min_length=2, max_length=1000)]
+    labels: Annotated[list[Label], Field(min_length=2, max_length=1000), EachOnce()]
     """All labels; their order gives their ids. A row with another label is an error that names the row."""
     max_length: Annotated[int, Field(ge=8, le=32768)] = 256
     """Longest text in tokens; the rest of a longer text is cut off (the share of cut texts is logged)."""
@@ -75,8 +89,6 @@ class Dataset(Model):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels: each label may be listed once")
         if self.text_column == self.label_column:
             raise ValueError("labelColumn: textColumn and labelColumn must be different columns")
         if self.train == self.validation:

@@ -1,0 +1,62 @@
+"""Renders the chart with real Helm and installs of it what a test needs, so that the operator under test has the chart's rights.
+
+`install` answers with a kubeconfig whose only credential is a token of the chart's ServiceAccount: a right that the chart forgets
+fails a test. The Deployment is left out: tests start the operator as a process.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from testcluster import Cluster, binaries
+
+CHART = Path(__file__).parents[2] / "charts" / "finetune-operator"
+RELEASE = "finetune-operator"
+SERVICE_ACCOUNT = RELEASE
+TLS_SECRET = f"{RELEASE}-progress-tls"
+KUBE_VERSION = "1.34.4"
+"""`helm template` asks no cluster; it checks the chart's kubeVersion against this one."""
+
+NOT_FOR_TESTS = ("Deployment", "Service")
+
+Object = dict[str, Any]
+
+
+class RefusedError(Exception):
+    """Helm refused to render; the text is what it said."""
+
+
+def render(helm: Path, namespace: str, values: Object | None = None, release: str = RELEASE) -> list[Object]:
+    """All objects of the chart with these values. RefusedError where Helm says no."""
+    command = [str(helm), "template", release, str(CHART), "--namespace", namespace, "--kube-version", KUBE_VERSION]
+    done = subprocess.run(
+        [*command, "--values", "-"], input=json.dumps(values or {}), capture_output=True, text=True, check=False, timeout=60
+    )
+    if done.returncode != 0:
+        raise RefusedError(done.stderr)
+    return [doc for doc in yaml.safe_load_all(done.stdout) if doc]
+
+
+def install(cluster: Cluster, namespace: str, values: Object | None = None, *, helm: Path | None = None) -> Path:
+    """Applies CRD, ServiceAccount, roles and the empty TLS Secret as admin; the kubeconfig of the ServiceAccount's token.
+
+    The namespace and those of `watchNamespaces` must exist. `helm`: the binary, found by testcluster where not given.
+    """
+    objects = [o for o in render(helm or binaries.ensure("helm")["helm"], namespace, values) if o["kind"] not in NOT_FOR_TESTS]
+    # Server-side and by force: several tests install over each other's CRD.
+    everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=everything)
+    crds = [f"crd/{o['metadata']['name']}" for o in objects if o["kind"] == "CustomResourceDefinition"]
+    if crds:
+        cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", *crds)
+    account = (values or {}).get("serviceAccount", {}).get("name") or SERVICE_ACCOUNT
+    return token_kubeconfig(cluster, namespace, account)
+
+
+def token_kubeconfig(cluster: Cluster, namespace: str, account: str) -> Path:
+    """A kubeconfig that holds a token of this ServiceAccount (TokenRequest, 8 hours) and nothing else."""
+    token = cluster.kubectl("create", "token", account, "-n", namespace, "--duration=8h").stdout.strip()
+    return cluster.kubeconfig_with_token(f"{account}-{namespace}", token)
