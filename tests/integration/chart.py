@@ -45,7 +45,7 @@ def install(cluster: Cluster, namespace: str, values: Object | None = None, *, h
 
     The namespace and those of `watchNamespaces` must exist. `helm`: the binary, found by testcluster where not given.
     """
-    objects = [o for o in render(helm or binaries.ensure("helm")["helm"], namespace, values) if o["kind"] not in NOT_FOR_TESTS]
+    objects = [o for o in render(helm or binaries.ensure(["helm"])["helm"], namespace, values) if o["kind"] not in NOT_FOR_TESTS]
     # Server-side and by force: several tests install over each other's CRD.
     everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=everything)
@@ -59,4 +59,9 @@ def install(cluster: Cluster, namespace: str, values: Object | None = None, *, h
 def token_kubeconfig(cluster: Cluster, namespace: str, account: str) -> Path:
     """A kubeconfig that holds a token of this ServiceAccount (TokenRequest, 8 hours) and nothing else."""
     token = cluster.kubectl("create", "token", account, "-n", namespace, "--duration=8h").stdout.strip()
-    return cluster.kubeconfig_with_token(f"{account}-{namespace}", token)
+    config = yaml.safe_load(cluster.kubeconfig.read_text(encoding="utf-8"))
+    config["users"][0]["user"] = {"token": token}
+    path = cluster.kubeconfig.with_name(f"{account}-{namespace}.kubeconfig")
+    path.touch(mode=0o600)
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path

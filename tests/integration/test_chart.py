@@ -13,6 +13,7 @@ import chart
 import pytest
 import yaml
 
+from finetune_operator.__main__ import build_parser
 from finetune_operator.kube.permissions import PERMISSIONS, Scope
 from testcluster import Cluster
 
@@ -29,6 +30,7 @@ VALUES: dict[str, Object] = {
         "image": {"repository": "example.com/team/operator", "tag": "1.2.3", "pullPolicy": "Always"},
         "imagePullSecrets": ["pull-a", "pull-b"],
         "trainer": {"image": "example.com/team/trainer:9", "modelMirror": "s3://mirror/models"},
+        "log": {"level": "warning", "format": "json"},
         "watchNamespaces": ["default"],
         "serviceAccount": {"annotations": {"example.com/role": "tuner"}},
         "resources": {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"memory": "2Gi"}},
@@ -88,6 +90,7 @@ def test_every_rendering_is_taken_by_the_api_server(cluster: Cluster, helm_binar
         ({"watchNamespaces": ["Team A"]}, "watchNamespaces"),
         ({"trainer": {"modelMirror": "models"}}, "modelMirror"),
         ({"replicas": 2}, "replicas"),
+        ({"log": {"level": "loud"}}, "level"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
 )
@@ -260,6 +263,8 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
         "--progress-bind=0.0.0.0:8443",
         "--metrics-bind=0.0.0.0:8080",
         f"--tls-secret={one(objects, 'Secret')['metadata']['name']}",
+        "--log-level=warning",
+        "--log-format=json",
         "--model-mirror=s3://mirror/models",
         "--namespace=default",
     ]
@@ -269,6 +274,16 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
     assert service["spec"]["selector"].items() <= labels.items()
 
 
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
+def test_the_operator_takes_the_arguments(helm_binary: Path, values: Object) -> None:
+    container = operator_container(chart.render(helm_binary, "ops", values))
+    assert container["command"] == ["python", "-m", "finetune_operator"]
+    given = [a.replace("$(POD_NAMESPACE)", "ops") for a in container["args"]]
+    options = build_parser().parse_args(given)
+    assert options.own_namespace == "ops"
+    assert options.namespaces == values.get("watchNamespaces", [])
+
+
 def test_install_upgrade_and_uninstall_keep_the_key_and_the_jobs(cluster: Cluster, helm_binary: Path, namespace: str) -> None:
     def helm(verb: str, *args: str) -> None:
         command = [str(helm_binary), verb, "tuner", *args, "-n", namespace, "--kubeconfig", str(cluster.kubeconfig)]
@@ -276,8 +291,8 @@ def test_install_upgrade_and_uninstall_keep_the_key_and_the_jobs(cluster: Cluste
         assert done.returncode == 0, done.stderr
 
     def key() -> str | None:
-        data = cluster.get("secret", "tuner-finetune-operator-progress-tls", "-n", namespace).get("data") or {}
-        value: str | None = data.get("tls.key")
+        got = cluster.kubectl("get", "secret", "tuner-finetune-operator-progress-tls", "-n", namespace, "-o", "json")
+        value: str | None = (json.loads(got.stdout).get("data") or {}).get("tls.key")
         return value
 
     # Other tests of this session have applied the CRD already.
@@ -290,5 +305,6 @@ def test_install_upgrade_and_uninstall_keep_the_key_and_the_jobs(cluster: Cluste
     assert key() == ours
     helm("uninstall")
     assert key() == ours
-    assert cluster.get("crd", "finetunejobs.finetune.dev")["metadata"].get("deletionTimestamp") is None
+    crd = json.loads(cluster.kubectl("get", "crd", "finetunejobs.finetune.dev", "-o", "json").stdout)
+    assert crd["metadata"].get("deletionTimestamp") is None
     assert cluster.kubectl("get", "deployments", "-n", namespace, "-o", "name").stdout == ""

@@ -62,11 +62,12 @@ class StatusDraft:
         self.new["observedGeneration"] = generation
         for name in ("activeSeconds", "gpuSeconds", "attempt", "restarts", "restartsCountTowardsMax", "lostWorkSeconds"):
             self.new.setdefault(name, 0)
+        resumed = (find_condition(old, Condition.SUSPENDED) or {}).get("reason") == Reason.RESUMED
         self._conditions: dict[str, tuple[str, str, str]] = {
             Condition.RUNNING: ("False", Reason.WAITING_FOR_PODS, ""),
             Condition.PROGRESSING: ("False", Reason.NOT_RUNNING, ""),
             Condition.CHECKPOINTED: ("False", Reason.NO_CHECKPOINT_YET, ""),
-            Condition.SUSPENDED: ("False", Reason.NOT_SUSPENDED, ""),
+            Condition.SUSPENDED: ("False", Reason.RESUMED if resumed else Reason.NOT_SUSPENDED, ""),
             Condition.COMPLETE: ("False", Reason.NOT_FINISHED, ""),
             Condition.FAILED: ("False", Reason.NOT_FAILED, ""),
         }

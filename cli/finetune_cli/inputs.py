@@ -1,0 +1,61 @@
+"""Turns what the user named (a manifest, a folder, a model) into what the commands work on, or into a sentence."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune_api import FineTuneJob
+from finetune_api.manifest import ManifestError, load_job_file
+from finetune_cli.errors import UserError
+
+
+def job(file: Path, overrides: list[str]) -> FineTuneJob:
+    """The FineTuneJob of the manifest. Raises UserError that lists every problem."""
+    try:
+        return load_job_file(file, overrides)
+    except ManifestError as error:
+        if len(error.problems) == 1:
+            raise UserError(f"{file}: {error.problems[0]}") from error
+        listed = "".join(f"\n  {problem}" for problem in error.problems)
+        raise UserError(f"{file} has {len(error.problems)} problems:{listed}") from error
+
+
+def s3_root(folder: Path | None) -> Path | None:
+    """The folder of --s3-root as an absolute path; it must be there, because a typo would look like empty buckets."""
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise UserError(f"--s3-root {folder}: there is no such folder; s3://bucket/key is looked up as {folder}/bucket/key")
+    return folder.resolve()
+
+
+def local_path(uri: str, root: Path | None) -> Path | None:
+    """Where the uri is on this machine; None where it is in S3."""
+    if uri.startswith("file://"):
+        return Path(uri.removeprefix("file://"))
+    if root is not None and uri.startswith("s3://"):
+        return root / uri.removeprefix("s3://")
+    return None
+
+
+@contextmanager
+def model_folder(model: str, root: Path | None) -> Iterator[Path]:
+    """A local folder with the model: the one named, or a download of s3://... that is removed afterwards."""
+    if not model.startswith(("s3://", "file://")):
+        yield _existing(Path(model), model)
+    elif (local := local_path(model, root)) is not None:
+        yield _existing(local, model)
+    else:
+        from finetune_trainer.store import fetch_folder, open_store
+
+        with tempfile.TemporaryDirectory(prefix="finetune-model-") as scratch:
+            if fetch_folder(open_store(model), Path(scratch)) == 0:
+                raise UserError(f"--model {model}: there are no files")
+            yield Path(scratch)
+
+
+def _existing(folder: Path, named: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"--model {named}: there is no such folder")
+    return folder

@@ -1,0 +1,248 @@
+"""Checkpoints over a folder: half of one never counts, a bad one is passed over, and a replaced execution cannot interfere."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from trainer_kit import Job
+
+from finetune_trainer.checkpoint import MANIFEST, Checkpoint, Checkpoints
+from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.store import FolderStore
+
+DIGEST = "d" * 64
+
+
+class Place:
+    """One checkpoint place; `execution` gives a new process that looks at it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = FolderStore(folder / "store")
+        self.log: list[str] = []
+        self.done: list[int] = []
+        self.count = 0
+
+    def execution(self, parent: int | None = 0, *, digest: str = DIGEST, keep: int = 10, overwrite: bool = False) -> Checkpoints:
+        self.count += 1
+        made = Checkpoints(
+            self.store,
+            self.folder / f"scratch{self.count}",
+            digest,
+            keep_last=keep,
+            overwrite=overwrite,
+            log=self.log.append,
+        )
+        if parent is not None:
+            made.begin(parent)
+        return made
+
+    def save(self, checkpoints: Checkpoints, *steps: int) -> None:
+        for step in steps:
+            checkpoints.save(step, lambda folder, step=step: stage(folder, step), self._done)
+        checkpoints.wait()
+
+    def _done(self, checkpoint: Checkpoint) -> None:
+        self.done.append(checkpoint.step)
+
+    def folders(self) -> list[str]:
+        return sorted(p.parent.name for p in (self.folder / "store").glob(f"*/{MANIFEST}"))
+
+
+def stage(folder: Path, step: int) -> None:
+    (folder / "model").mkdir(parents=True)
+    (folder / "trainer").mkdir()
+    (folder / "model/model.safetensors").write_bytes(bytes(range(256)) * 8)
+    (folder / "trainer/state.json").write_text(json.dumps({"step": step}))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def restored_step(checkpoints: Checkpoints) -> int | None:
+    found = checkpoints.restore()
+    if found is None:
+        return None
+    assert json.loads((found[1] / "trainer/state.json").read_text())["step"] == found[0].step
+    return found[0].step
+
+
+def test_the_newest_is_restored_with_its_content(place: Place) -> None:
+    place.save(place.execution(), 10, 20)
+    assert place.done == [10, 20]
+    checkpoint, folder = place.execution(None).restore() or pytest.fail("nothing restored")
+    assert (folder / "model/model.safetensors").read_bytes() == bytes(range(256)) * 8
+    assert json.loads((folder / "trainer/state.json").read_text()) == {"step": 20}
+    status = checkpoint.status(place.store)
+    assert status.uri == f"{place.store.uri}/step-00000020-0001"
+    assert status.size_bytes == 2048 + len('{"step": 20}')
+
+
+def test_nothing_there_is_a_fresh_start(place: Place) -> None:
+    assert place.execution(None).restore() is None
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def garble(path: Path) -> None:
+    path.write_text("{ no manifest")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "one-bit-flipped", "missing"])
+@pytest.mark.parametrize("file", ["model/model.safetensors", "trainer/state.json"])
+def test_a_damaged_file_makes_readers_fall_back(place: Place, damage: Callable[[Path], None], file: str) -> None:
+    place.save(place.execution(), 10, 20)
+    damage(place.folder / "store/step-00000020-0001" / file)
+    assert restored_step(place.execution(None)) == 10
+    assert any("step-00000020-0001 is not used" in line and file in line for line in place.log)
+
+
+@pytest.mark.parametrize("damage", [truncate, garble, Path.unlink], ids=["truncated", "garbled", "missing"])
+def test_without_a_whole_manifest_a_step_does_not_exist(place: Place, damage: Callable[[Path], None]) -> None:
+    place.save(place.execution(), 10, 20)
+    damage(place.folder / "store/step-00000020-0001" / MANIFEST)
+    assert restored_step(place.execution(None)) == 10
+
+
+@pytest.mark.parametrize("path", ["../../outside", "/etc/outside", "model/../../../outside"])
+def test_a_manifest_cannot_name_files_outside_its_folder(place: Place, path: str) -> None:
+    place.save(place.execution(), 10, 20)
+    file = place.folder / "store/step-00000020-0001" / MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest["files"][0]["path"] = path
+    file.write_text(json.dumps(manifest))
+    assert restored_step(place.execution(None)) == 10
+
+
+def test_none_that_can_be_read_is_told_and_not_trained_over(place: Place) -> None:
+    place.save(place.execution(), 10, 20)
+    for folder in place.folders():
+        flip(place.folder / "store" / folder / "model/model.safetensors")
+    with pytest.raises(TrainingFailure, match="2 checkpoints and none of them can be read") as failed:
+        place.execution(None).restore()
+    assert failed.value.failure.reason == "CheckpointCorrupt"
+
+
+def test_the_manifest_is_written_after_everything_it_names(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = place.execution()
+    written: list[str] = []
+    upload, commit = place.store.upload, place.store.put_if_absent
+
+    def uploading(path: Path, key: str) -> None:
+        upload(path, key)
+        written.append(key)
+
+    def committing(key: str, data: bytes) -> bool:
+        named = {f"step-00000010-0001/{f['path']}" for f in json.loads(data)["files"]}
+        assert named == set(written)
+        return commit(key, data)
+
+    monkeypatch.setattr(place.store, "upload", uploading)
+    monkeypatch.setattr(place.store, "put_if_absent", committing)
+    place.save(checkpoints, 10)
+    assert place.folders() == ["step-00000010-0001"]
+
+
+def test_a_death_in_any_upload_leaves_the_older_checkpoint(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.save(place.execution(), 10)
+    upload = place.store.upload
+    for survivors in range(2):
+        second, left = place.execution(10), [survivors]
+
+        def dying(path: Path, key: str, left: list[int] = left) -> None:
+            if not left[0]:
+                raise TrainingFailure("StorageUnavailable", "gone")
+            left[0] -= 1
+            upload(path, key)
+
+        monkeypatch.setattr(place.store, "upload", dying)
+        with pytest.raises(TrainingFailure, match="gone"):
+            place.save(second, 20)
+        monkeypatch.setattr(place.store, "upload", upload)
+        assert restored_step(place.execution(None)) == 10
+    assert place.done == [10]
+
+
+def test_a_failed_save_is_told_by_the_next_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = place.execution()
+
+    def full(path: Path, key: str) -> None:
+        raise TrainingFailure("StorageUnavailable", "no space left")
+
+    monkeypatch.setattr(place.store, "upload", full)
+    checkpoints.save(10, lambda folder: stage(folder, 10), place._done)
+    with pytest.raises(TrainingFailure, match="no space left"):
+        checkpoints.save(20, lambda folder: stage(folder, 20), place._done)
+
+
+def test_keep_last_keeps_the_newest_and_the_best(place: Place) -> None:
+    checkpoints = place.execution(keep=2)
+    checkpoints.best = checkpoints.name(10)
+    place.save(checkpoints, 10, 20, 30, 40)
+    assert place.folders() == ["step-00000010-0001", "step-00000030-0001", "step-00000040-0001"]
+    assert not (place.folder / "store/step-00000020-0001/model/model.safetensors").exists()
+
+
+def test_deleting_takes_the_manifest_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted: list[str] = []
+    delete = place.store.delete
+    monkeypatch.setattr(place.store, "delete", lambda key: (deleted.append(key), delete(key)))
+    place.save(place.execution(keep=1), 10, 20)
+    assert deleted[0] == f"step-00000010-0001/{MANIFEST}"
+    assert len(deleted) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ fencing --
+def test_each_execution_has_its_own_number(place: Place) -> None:
+    assert [place.execution(0).execution for _ in range(3)] == [1, 2, 3]
+
+
+def test_what_a_replaced_execution_goes_on_writing_does_not_count(place: Place) -> None:
+    first = place.execution()
+    place.save(first, 10)
+    second = place.execution(10)
+    place.save(first, 20, 30)  # only thought dead
+    assert restored_step(place.execution(None)) == 10
+    place.save(second, 20)
+    checkpoint, _ = place.execution(None).restore() or pytest.fail("nothing restored")
+    assert checkpoint.name == "step-00000020-0002"
+    assert checkpoint.manifest["execution"] == 2
+
+
+def test_steps_before_the_point_where_a_newer_execution_began_still_count(place: Place) -> None:
+    place.save(place.execution(), 10, 20)
+    place.execution(20)
+    assert restored_step(place.execution(None)) == 20
+
+
+def test_a_newer_execution_that_began_further_back_hides_the_rest(place: Place) -> None:
+    place.save(place.execution(), 10, 20, 30)
+    place.execution(10)  # fell back to 10: 20 and 30 are another history
+    assert restored_step(place.execution(None)) == 10
+
+
+# ------------------------------------------------------------------------------------------------------ other recipes --
+def test_checkpoints_of_another_recipe_are_refused_or_with_overwrite_ignored(place: Place) -> None:
+    place.save(place.execution(), 10)
+    with pytest.raises(TrainingFailure, match=r"another recipe.*output\.storageUri.*output\.overwrite") as failed:
+        place.execution(None, digest="e" * 64).restore()
+    assert failed.value.failure.reason == "OutputExists"
+    assert place.execution(None, digest="e" * 64, overwrite=True).restore() is None
+
+
+def test_no_checkpoint_holds_a_pickle(job: Job) -> None:
+    job.run()
+    files = [p for p in job.checkpoints.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".json", ".safetensors"}
+    assert job.steps() == [12, 18] or len(job.steps()) == 3, "keepLast 2, and the best one"

@@ -1,0 +1,80 @@
+"""Metrics agree with scikit-learn; the learning rate is a pure function of the step; the right parameters are decayed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support, recall_score
+
+from finetune_api.recipe import Hyperparameters, Schedule
+from finetune_trainer import metrics, optim
+
+CLASSES = 4
+PAIRS = st.lists(st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1)), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(PAIRS)
+def test_metrics_agree_with_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    labels, predictions = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
+    matrix = metrics.confusion(labels, predictions, CLASSES)
+    mine = metrics.summary(matrix, 0.5)
+    present = sorted(set(labels.tolist()))  # a label without rows has no recall to average
+    assert mine["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
+    assert mine["macro_f1"] == pytest.approx(f1_score(labels, predictions, labels=present, average="macro", zero_division=0))
+    assert mine["macro_recall"] == pytest.approx(
+        recall_score(labels, predictions, labels=present, average="macro", zero_division=0)
+    )
+    assert mine["loss"] == 0.5
+    theirs = precision_recall_fscore_support(labels, predictions, labels=range(CLASSES), zero_division=0)
+    for i, row in enumerate(metrics.per_class(matrix, list("abcd"))):
+        assert row["label"] == "abcd"[i]
+        assert [row["precision"], row["recall"], row["f1"], row["support"]] == pytest.approx([t[i] for t in theirs])
+
+
+def rates(total: int, **schedule: object) -> list[float]:
+    return [optim.factor(Schedule.model_validate(schedule), step, total) for step in range(total)]
+
+
+def test_linear_rises_in_warmup_and_falls_towards_zero() -> None:
+    got = rates(10, type="Linear", warmup=2)
+    assert got[:3] == [0.5, 1.0, 1.0]
+    assert got[2:] == pytest.approx([i / 8 for i in range(8, 0, -1)])
+
+
+def test_constant_stays_after_warmup() -> None:
+    assert rates(6, type="Constant", warmup=0.5) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
+
+
+def test_a_share_of_warmup_is_of_all_steps_and_zero_is_none() -> None:
+    assert rates(100, type="Constant", warmup=0.1)[9] == 1.0
+    assert rates(100, type="Constant", warmup=0.1)[8] == pytest.approx(0.9)
+    assert rates(5, type="Constant", warmup=0) == [1.0] * 5
+
+
+@settings(deadline=None)
+@given(
+    total=st.integers(1, 500), warmup=st.one_of(st.floats(0, 0.99), st.integers(1, 600)), kind=st.sampled_from(["Constant", "Linear"])
+)
+def test_the_rate_is_always_between_zero_and_the_peak(total: int, warmup: float, kind: str) -> None:
+    got = rates(total, type=kind, warmup=warmup)
+    assert all(math.isfinite(rate) and 0 < rate <= 1 for rate in got)
+
+
+@pytest.mark.parametrize(("parameters", "rate"), [(22_700_000, 2e-4), (110_000_000, 5e-5), (355_000_000, 2e-5)])
+def test_the_default_rate_goes_by_size(parameters: int, rate: float) -> None:
+    assert optim.learning_rate(Hyperparameters(), parameters) == rate
+    assert optim.learning_rate(Hyperparameters(learning_rate=1e-3), parameters) == 1e-3
+
+
+def test_biases_and_norms_are_not_decayed_and_every_parameter_is_optimized() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)  # frozen for now: still in the optimizer
+    groups = optim.build(model, Hyperparameters(weight_decay=0.1), 1e-3).param_groups
+    decayed, plain = ({id(p) for p in g["params"]} for g in groups)
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert decayed == {id(model[0].weight), id(model[2].weight)}
+    assert plain == {id(model[0].bias), id(model[1].weight), id(model[1].bias), id(model[2].bias)}
