@@ -30,7 +30,7 @@ integration: $(VENV)/dev.stamp ## integration tests (the first run builds the Ku
 	$(BIN)/python -m pytest tests/integration
 
 cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes API with the operator running; pods run as processes on this machine
-	$(BIN)/python -m testcluster up --with-s3 --with-operator
+	$(BIN)/python -m testcluster up
 
 cluster-down: $(VENV)/dev.stamp ## stops what `make cluster` started
 	$(BIN)/python -m testcluster down

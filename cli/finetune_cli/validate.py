@@ -36,8 +36,8 @@ def _show(recipe: Recipe, splits: dict[str, Examples]) -> None:
         double = len(split) - len(set(split.texts))
         longest = max(len(text) for text in split.texts)
         rows.append((name, str(len(split)), *(str(counts[i]) for i in range(len(labels))), str(double), str(longest)))
-    header = ("split", "examples", *labels, "duplicates", "longest (characters)")
-    show.table(f"data of {recipe.dataset.uri}", header, rows, words=("split",))
+    header = ("split", "examples", *labels, "duplicates", "longest")
+    show.table(f"data of {recipe.dataset.uri} (longest: characters)", header, rows, words=("split",))
     seen = set(splits["train"].texts)
     for name, split in splits.items():
         shared = sum(text in seen for text in split.texts)

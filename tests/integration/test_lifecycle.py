@@ -41,8 +41,11 @@ SCRIPTS = {
 
 def script(pod: dict[str, Any]) -> PodScript:
     """By the job's name; `disrupted` only hits the first attempt."""
-    name = pod["metadata"]["labels"]["finetune.dev/job"]
-    attempt = pod["metadata"]["labels"]["finetune.dev/attempt"]
+    labels = pod["metadata"]["labels"]
+    if "finetune.dev/job" not in labels:
+        return succeed()  # a Job that is not ours
+    name = labels["finetune.dev/job"]
+    attempt = labels["finetune.dev/attempt"]
     if name == "disrupted":
         return disrupted() if attempt == "1" else succeed()
     return SCRIPTS.get(name, succeed(0.5))

@@ -46,7 +46,12 @@ def job(name: str, **spec: Any) -> Pod:
     """A bare Job with one container that no scripted pod runs."""
     pod = {"restartPolicy": "Never", "containers": [{"name": "main", "image": "any"}]}
     meta = {"name": name}
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": {"backoffLimit": 0, **spec, "template": {"spec": pod}}}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": meta,
+        "spec": {"backoffLimit": 0, **spec, "template": {"spec": pod}},
+    }
 
 
 def process_pod(name: str, program: str, **spec: Any) -> Pod:
@@ -190,7 +195,12 @@ def _volumes() -> dict[str, Any]:
 
 
 def test_a_process_gets_its_env_volumes_and_token(cluster: Cluster, namespace: str) -> None:
-    settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"colour": "blue", "T_FROM": "all"}}
+    settings = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "settings"},
+        "data": {"colour": "blue", "T_FROM": "all"},
+    }
     keys = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "keys"}, "stringData": {"id": "s3cret"}}
     with PodRunner(cluster.kubeconfig, only(namespace, run_process({}))) as runner:
         apply(cluster, namespace, settings, keys, process_pod("trainer", PROGRAM, **_volumes()))
@@ -265,16 +275,21 @@ def test_a_killed_harness_leaves_nothing_running(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(HARNESS), pod], stdout=subprocess.PIPE, text=True, env=environment
     )
     started: dict[int, int] = {}
+    kinds: dict[int, str] = {}
     try:
         assert harness.stdout is not None
         for _ in range(2):
-            _kind, *pids = harness.stdout.readline().split()
+            kind, *pids = harness.stdout.readline().split()
+            kinds |= dict.fromkeys(map(int, pids), kind)
             started |= {int(pid): start_time(int(pid)) or 0 for pid in pids}
         assert len(started) == 5
         assert all(started.values())
         harness.kill()
         harness.wait()
-        wait_for("death of the children", lambda: not _alive(started), seconds=10)
+        end = time.monotonic() + 10
+        while (alive := _alive(started)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert {kinds[pid] for pid in alive} == set(), "still running after the harness was killed"
     finally:
         harness.kill()
         harness.wait()

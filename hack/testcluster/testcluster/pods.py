@@ -20,6 +20,7 @@ import yaml
 
 from testcluster.podscript import PodScript, RunProcess
 from testcluster.podspec import Object, PodFiles
+from testcluster.processes import Child
 
 NODE = "scripted"
 Script = Callable[[Object], PodScript | RunProcess]
@@ -40,6 +41,7 @@ class PodRunner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Queue[tuple[int | None, str]]] = {}
+        self._uids: dict[str, str] = {}  # pod name -> uid of the newest pod with that name
         self._pids: dict[str, int] = {}
         self._files: dict[str, PodFiles] = {}
         self._oom: set[str] = set()
@@ -86,7 +88,7 @@ class PodRunner:
         """Ends a scripted pod now."""
         if self._loop is None:
             raise RuntimeError("not started")
-        self._loop.call_soon_threadsafe(self._ends[pod].put_nowait, (exit_code, message))
+        self._loop.call_soon_threadsafe(self._ends[self._uids[pod]].put_nowait, (exit_code, message))
 
     def oom_kill(self, pod: str) -> None:
         """SIGKILL to a pod's process, reported as OOMKilled."""
@@ -189,10 +191,11 @@ class PodRunner:
     def _see(self, pod: Object) -> None:
         name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
         if uid not in self._tasks:
-            self._ends[name] = asyncio.Queue()
+            self._ends[uid] = asyncio.Queue()
+            self._uids[name] = uid
             self._tasks[uid] = asyncio.create_task(self._guard(self._live(pod)))
         if pod["metadata"].get("deletionTimestamp"):
-            self._ends[name].put_nowait((None, ""))
+            self._ends[uid].put_nowait((None, ""))
 
     async def _guard(self, life: Coroutine[Any, Any, None]) -> None:
         try:
@@ -216,7 +219,7 @@ class PodRunner:
                 "message": "0/1 nodes are available",
             }
             await self._status(pod, {"conditions": [condition]})
-            await self._ends[pod["metadata"]["name"]].get()
+            await self._ends[pod["metadata"]["uid"]].get()
             await self._delete(pod)
             return
         binding = {
@@ -225,7 +228,9 @@ class PodRunner:
             "metadata": {"name": pod["metadata"]["name"]},
             "target": {"kind": "Node", "name": NODE},
         }
-        await self._call("POST", f"{_path(pod)}/binding", binding)
+        code, answer = await self._call("POST", f"{_path(pod)}/binding", binding)
+        if code >= 300 and code not in (403, 404, 409):  # its namespace ends; gone; bound already
+            raise RuntimeError(f"binding of {_path(pod)}: {code} {answer.get('message')}")
         if isinstance(script, RunProcess):
             await self._run_process(pod)
         else:
@@ -236,20 +241,20 @@ class PodRunner:
         name = pod["metadata"]["name"]
         if script.waiting:
             await self._status(pod, {"phase": "Pending", "containerStatuses": [_container(pod, {"waiting": script.waiting})]})
-            await self._ends[name].get()
+            await self._ends[pod["metadata"]["uid"]].get()
             await self._delete(pod)
             return
         started = await self._set_running(pod)
         code, message, deleted = script.exit_code, script.message, False
         with contextlib.suppress(TimeoutError):
-            asked, said = await asyncio.wait_for(self._ends[name].get(), script.seconds)
+            asked, said = await asyncio.wait_for(self._ends[pod["metadata"]["uid"]].get(), script.seconds)
             deleted = asked is None
             code, message = (script.exit_code_on_term if asked is None else asked), said
         await self._set_ended(pod, started, code, message, script.reason, script.pod_reason, list(script.conditions))
         if deleted:
             await self._delete(pod)
         else:
-            await self._ends[name].get()
+            await self._ends[pod["metadata"]["uid"]].get()
             await self._delete(pod)
 
     # -------------------------------------------------------------------------------------------------------- process ---
@@ -258,31 +263,29 @@ class PodRunner:
         root = self._folder / pod["metadata"]["uid"]
         root.mkdir(parents=True)
         objects = await self._referenced(pod)
-        token = await self._token(pod)
-        files = PodFiles(pod, root, lambda kind, n: objects[(kind, n)], lambda _pod, _spec: token)
+        tokens = await self._tokens(pod)
+        files = PodFiles(pod, root, lambda kind, n: objects[(kind, n)], lambda _pod, spec: tokens[spec.get("audience", "")])
         files.prepare()
         self._files[name] = files
         env = files.environment()
         command = files.command(self._image_commands, env)
         base = {k: os.environ[k] for k in ("PATH", "LANG", "OMP_NUM_THREADS") if k in os.environ}
-        with files.log.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *command, env={**base, **env}, cwd=files.working_dir(), stdout=log, stderr=log, start_new_session=True
-            )
-        self._pids[name] = process.pid
+        # A Child dies with this process, whatever kills it, and a command that does not exist is exit code 127.
+        child = Child.start(name, command, log=files.log, environment={**base, **env}, directory=files.working_dir())
+        self._pids[name] = child.pid
         started = await self._set_running(pod)
-        end = asyncio.create_task(process.wait())
-        asked = asyncio.create_task(self._ends[name].get())
+        end = asyncio.create_task(_exit_code(child))
+        asked = asyncio.create_task(self._ends[pod["metadata"]["uid"]].get())
         await asyncio.wait({end, asked}, return_when=asyncio.FIRST_COMPLETED)
         deleted = asked.done()
         if deleted and not end.done():
             grace = pod["spec"].get("terminationGracePeriodSeconds", 30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            child.signal_group(signal.SIGTERM)
             done, _ = await asyncio.wait({end}, timeout=grace)
             if not done:
-                os.killpg(process.pid, signal.SIGKILL)
+                child.signal_group(signal.SIGKILL)
         code = await end
+        child.signal_group(signal.SIGKILL)  # a container ends with its first process
         self._pids.pop(name, None)
         message = files.termination.read_text(errors="replace")[:MAX_MESSAGE] if files.termination.exists() else ""
         if not message and code and files.container.get("terminationMessagePolicy") == "FallbackToLogsOnError":
@@ -305,11 +308,11 @@ class PodRunner:
             found.update({(kind, o["metadata"]["name"]): o for o in listed["items"]})
         return found
 
-    async def _token(self, pod: Object) -> str:
-        """A token bound to the pod, for the first audience that the pod projects; empty where it projects none."""
+    async def _tokens(self, pod: Object) -> dict[str, str]:
+        """A token bound to the pod for every audience that it projects; the API server's own has the empty name."""
         sources = [s for v in pod["spec"].get("volumes", []) for s in v.get("projected", {}).get("sources", [])]
-        wanted = next((s["serviceAccountToken"] for s in sources if "serviceAccountToken" in s), None)
-        return await self.mint(pod, wanted.get("audience")) if wanted else ""
+        audiences = {s["serviceAccountToken"].get("audience", "") for s in sources if "serviceAccountToken" in s}
+        return {audience: await self.mint(pod, audience) for audience in audiences}
 
     async def mint(self, pod: Object, audience: str | None) -> str:
         """A TokenRequest for the pod's ServiceAccount, bound to the pod."""
@@ -346,11 +349,28 @@ class PodRunner:
         await self._status(pod, status)
 
     async def _status(self, pod: Object, status: Object) -> None:
-        await self._call("PATCH", f"{_path(pod)}/status", {"status": status}, "application/merge-patch+json")
+        # Strategic, so that conditions of other types stay: PodScheduled, and DisruptionTarget of the Eviction API.
+        kind = "application/strategic-merge-patch+json"
+        code, answer = await self._call("PATCH", f"{_path(pod)}/status", {"status": status}, kind)
+        if code >= 300 and code != 404:  # 404: the pod is gone, which is no news to report
+            raise RuntimeError(f"status of {_path(pod)}: {code} {answer.get('message')}")
 
     async def _delete(self, pod: Object) -> None:
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
         await self._call("DELETE", _path(pod), body)
+
+
+async def _exit_code(child: Child) -> int:
+    """Waits without a thread: a pidfd becomes readable when its process ends."""
+    over = asyncio.Event()
+    descriptor = os.pidfd_open(child.pid)
+    try:
+        asyncio.get_running_loop().add_reader(descriptor, over.set)
+        await over.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+    return child.process.wait()
 
 
 def _path(pod: Object) -> str:

@@ -53,6 +53,8 @@ class PodFiles:
             name = (source.get("secretRef") or source["configMapRef"])["name"]
             env.update(self._data(kind, name))
         for entry in self.container.get("env", []):
+            if self._is_optional_and_missing(entry.get("valueFrom", {})):
+                continue
             value = self._value_from(entry["valueFrom"]) if "valueFrom" in entry else self._expand(entry.get("value", ""), env)
             env[entry["name"]] = value
         return {name: self._rewrite(value) for name, value in env.items()}
@@ -106,6 +108,15 @@ class PodFiles:
         kind = "secret" if "secretKeyRef" in source else "configmap"
         reference = source.get("secretKeyRef") or source["configMapKeyRef"]
         return self._data(kind, reference["name"])[reference["key"]]
+
+    def _is_optional_and_missing(self, source: Object) -> bool:
+        reference = source.get("secretKeyRef") or source.get("configMapKeyRef") or {}
+        if not reference.get("optional"):
+            return False
+        try:
+            return reference["key"] not in self._data("secret" if "secretKeyRef" in source else "configmap", reference["name"])
+        except KeyError:  # the whole object is missing
+            return True
 
     def _data(self, kind: str, name: str) -> dict[str, str]:
         data = self.read(kind, name).get("data") or {}

@@ -127,8 +127,8 @@ class Child:
             return  # all of them have ended: that is what every caller wants to reach
 
     def stop(self, seconds: float = _STOP_SECONDS) -> int:
-        """SIGTERM, then SIGKILL for the whole group after `seconds`; returns the exit code. Twice is fine."""
-        if self.process.poll() is None:
+        """SIGTERM, then SIGKILL for the whole group after `seconds` (0: SIGKILL only); returns the exit code. Twice is fine."""
+        if seconds > 0 and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.wait(seconds)
         self.signal_group(signal.SIGKILL)

@@ -57,7 +57,9 @@ def test_a_share_of_warmup_is_of_all_steps_and_zero_is_none() -> None:
 
 @settings(deadline=None)
 @given(
-    total=st.integers(1, 500), warmup=st.one_of(st.floats(0, 0.99), st.integers(1, 600)), kind=st.sampled_from(["Constant", "Linear"])
+    total=st.integers(1, 500),
+    warmup=st.one_of(st.floats(0, 0.99), st.integers(1, 600)),
+    kind=st.sampled_from(["Constant", "Linear"]),
 )
 def test_the_rate_is_always_between_zero_and_the_peak(total: int, warmup: float, kind: str) -> None:
     got = rates(total, type=kind, warmup=warmup)

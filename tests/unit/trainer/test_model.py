@@ -49,7 +49,9 @@ def test_each_role_sets_the_fields_of_the_architecture(kind: str, expected: dict
 
 
 def test_a_role_that_the_model_does_not_have_is_told_with_those_it_has() -> None:
-    with pytest.raises(TrainingFailure, match=r"hyperparameters\.dropout\.hidden: llama has no such dropout, only: attention") as e:
+    with pytest.raises(
+        TrainingFailure, match=r"hyperparameters\.dropout\.hidden: llama has no such dropout, only: attention"
+    ) as e:
         model.set_dropout(AutoConfig.for_model("llama"), Dropout(hidden=0.1))
     assert e.value.failure.reason == "RecipeInvalid"
 

@@ -185,7 +185,9 @@ def test_bad_data_fails_before_a_model_is_looked_for(job: Job, tmp_path: Path) -
 
 
 def test_a_missing_file_is_told_with_those_that_are_there(job: Job) -> None:
-    with pytest.raises(TrainingFailure, match=r"there is no tset\.csv .* it has test\.csv, train\.csv, validation\.csv") as failed:
+    with pytest.raises(
+        TrainingFailure, match=r"there is no tset\.csv .* it has test\.csv, train\.csv, validation\.csv"
+    ) as failed:
         job.run(dataset={"test": "tset.csv"})
     assert failed.value.failure.reason == "DataInvalid"
 
@@ -266,14 +268,24 @@ def test_a_finished_job_ends_at_once_without_loading_torch(job: Job) -> None:
     ("environment", "code", "said"),
     [
         ({"FINETUNE_JOB": "{"}, 10, "FINETUNE_JOB is not JSON"),
-        ({"FINETUNE_JOB": '{"task": "Poetry", "hyperparameters": {"learningRate": -1}}'}, 10, r"learningRate.*model|model.*learningRate"),
+        (
+            {"FINETUNE_JOB": '{"task": "Poetry", "hyperparameters": {"learningRate": -1}}'},
+            10,
+            r"learningRate.*model|model.*learningRate",
+        ),
     ],
 )
-def test_a_recipe_that_cannot_be_read_is_told_with_every_problem(job: Job, environment: dict[str, str], code: int, said: str) -> None:
+def test_a_recipe_that_cannot_be_read_is_told_with_every_problem(
+    job: Job, environment: dict[str, str], code: int, said: str
+) -> None:
     import re
 
     done = subprocess.run(
-        [sys.executable, "-m", "finetune_trainer"], env=job.environment() | environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "finetune_trainer"],
+        env=job.environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == code
     message = termination(job)

@@ -7,6 +7,7 @@ real thing: files, tokenizer, transformers' classes, checkpoints.
 import csv
 import io
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -149,8 +150,8 @@ class Job:
         return Recipe.model_validate(merged(merged(base, self.changes), changes))
 
     def runtime(self) -> Runtime:
-        work = self.home / f"work{len(self.runs)}"  # each run a fresh pod: nothing local survives
-        work.mkdir(parents=True)
+        self.home.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix="work-", dir=self.home))  # each run a fresh pod: nothing local survives
         return Runtime(job_name="tiny", workdir=work, s3_root=self.s3_root, model_mirror=self.mirror)
 
     def run(self, *, kill_at: int | None = None, stop_at: int | None = None, **changes: Any) -> EndReport:

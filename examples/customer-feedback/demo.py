@@ -1,0 +1,160 @@
+"""`make demo`: fine-tunes a real pretrained model on the shipped customer feedback, the way a person would with `finetune`.
+
+Everything goes below build/demo. The bucket is a folder (--s3-root), the model hub is a mirror (hack/minilm.py). The test split is scored
+once, beside two baselines; nothing here was tuned on it.
+"""
+
+# ruff: noqa: T201  (it talks to people)
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline, make_union
+
+from finetune_trainer import metrics
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build/demo"
+BUCKET = BUILD / "s3/customer-feedback"
+MANIFEST = HERE / "finetunejob.yaml"
+MODEL = BUCKET / "models/sentiment/model"
+FINETUNE = Path(sys.executable).parent / "finetune"
+LABELS = ["negative", "neutral", "positive"]
+NEW_SENTENCES = (
+    "The courier left the parcel in the rain and nobody answers my emails.",
+    "Could you tell me which documents I need to change my address?",
+    "Honestly the best support I have had in years, thank you Maria!",
+)
+RESAMPLES = 1000
+
+
+def main() -> int:
+    """The whole demo; 0, or the exit code of the step that failed."""
+    began = time.monotonic()
+    say("1. The pretrained model")
+    mirror = subprocess.run(
+        [sys.executable, ROOT / "hack/minilm.py"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
+    print(f"model mirror: {mirror}")
+
+    say("2. The data, as the bucket s3://customer-feedback")
+    if BUCKET.parent.exists():
+        print(f"removing the last demo's bucket and models: {BUCKET.parent}")
+        shutil.rmtree(BUCKET.parent)
+    shutil.copytree(HERE / "data", BUCKET / "data")
+    places: tuple[str | Path, ...] = ("--s3-root", BUCKET.parent)
+    finetune("validate", "-f", MANIFEST, *places)
+
+    say("3. Fine-tuning")
+    finetune("run", "-f", MANIFEST, *places, "--workdir", BUILD / "work", "--model-mirror", mirror)
+
+    say("4. The test split, beside two baselines")
+    result = compare()
+
+    say("5. New sentences")
+    finetune("predict", "--model", MODEL, *NEW_SENTENCES)
+
+    result["seconds"] = round(time.monotonic() - began, 1)
+    (BUILD / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    say(f"Done in {result['seconds']:.0f} s: {BUILD / 'result.json'}")
+    return 0
+
+
+def say(title: str) -> None:
+    print(f"\n=== {title}", flush=True)
+
+
+def finetune(*arguments: str | Path, capture: bool = False) -> str:
+    """Runs the command as a person would; what it printed, if captured. Ends the demo where it fails."""
+    command = [str(a) for a in arguments]
+    if not capture:
+        print(f"$ finetune {' '.join(a if ' ' not in a else repr(a) for a in command)}", flush=True)
+    done = subprocess.run([FINETUNE, *command], stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(done.returncode)
+    return done.stdout or ""
+
+
+# ---------------------------------------------------------------------------------------------------------- baselines ----
+def compare() -> dict[str, Any]:
+    """Scores of model and baselines on the test split, with intervals; prints them as a table."""
+    train, test = read("train"), read("test")
+    truth = np.array([LABELS.index(row["label"]) for row in test])
+    predicted = json.loads(finetune("predict", "--model", MODEL, "--file", HERE / "data/test.csv", "-o", "json", capture=True))
+    majority = max(LABELS, key=[row["label"] for row in train].count)
+    guesses = {
+        "fine-tuned MiniLM": ids(p["label"] for p in predicted),
+        "TF-IDF + logistic regression": ids(tfidf(train).predict([row["text"] for row in test])),
+        f"always {majority!r}": ids([majority] * len(test)),
+    }
+    samples = np.random.Generator(np.random.PCG64(0)).integers(0, len(truth), (RESAMPLES, len(truth)))
+    resampled = {name: np.array([macro_f1(truth[s], guess[s]) for s in samples]) for name, guess in guesses.items()}
+    print(f"{'':30} accuracy  macro-F1  95% interval")
+    for name, guess in guesses.items():
+        low, high = interval(resampled[name])
+        print(f"{name:30} {np.mean(truth == guess):8.3f}  {macro_f1(truth, guess):8.3f}  {low:.3f} to {high:.3f}")
+    ours, tfidf_name, majority_name = guesses
+    gap = resampled[ours] - resampled[tfidf_name]
+    low, high = interval(gap)
+    difference = macro_f1(truth, guesses[ours]) - macro_f1(truth, guesses[tfidf_name])
+    print(f"macro-F1 above TF-IDF: {difference:+.3f} (95% interval {low:+.3f} to {high:+.3f}, paired, {RESAMPLES} resamples)")
+    return {
+        "accuracy": float(np.mean(truth == guesses[ours])),
+        "macro_f1": macro_f1(truth, guesses[ours]),
+        "macro_f1_interval": interval(resampled[ours]),
+        "baseline_macro_f1": macro_f1(truth, guesses[tfidf_name]),
+        "baseline_macro_f1_interval": interval(resampled[tfidf_name]),
+        "majority_macro_f1": macro_f1(truth, guesses[majority_name]),
+        "difference": difference,
+        "difference_interval": interval(gap),
+        "test_examples": len(test),
+        "model_dir": str(MODEL),
+    }
+
+
+def read(split: str) -> list[dict[str, str]]:
+    with (HERE / f"data/{split}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def ids(labels: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.array([LABELS.index(label) for label in labels], dtype=np.int64)
+
+
+def macro_f1(truth: np.ndarray[Any, np.dtype[np.int64]], guess: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+    rows = metrics.per_class(metrics.confusion(truth, guess, len(LABELS)), LABELS)
+    return float(np.mean([row["f1"] for row in rows]))
+
+
+def interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
+    """The middle 95 % of bootstrap values."""
+    return [float(v) for v in np.quantile(values, (0.025, 0.975))]
+
+
+def tfidf(train: list[dict[str, str]]) -> GridSearchCV:
+    """Words and character n-grams into a logistic regression; its C by cross-validation on the training data."""
+    features = make_union(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
+    )
+    search = GridSearchCV(
+        make_pipeline(features, LogisticRegression(max_iter=2000)),
+        {"logisticregression__C": [0.3, 1, 3, 10, 30, 100]},
+        scoring="f1_macro",
+        cv=StratifiedKFold(5, shuffle=True, random_state=0),
+    )
+    return search.fit([row["text"] for row in train], [row["label"] for row in train])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
