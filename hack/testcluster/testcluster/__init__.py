@@ -47,7 +47,7 @@ its pod, and `PodRunner.stop()` raises what it raised.
 pytest fixtures (tests/integration/conftest.py): `cluster` and `s3` (one per session), `namespace` (a fresh name per test, its
 default service account is there), `kubectl` (callable), `helm_binary` (Path).
 
-On the command line: `python -m testcluster up [--with-s3] | down | status | binaries | pods`.
+On the command line: `python -m testcluster up | down | status | binaries`.
 """
 
 from testcluster.cluster import Cluster

@@ -238,7 +238,6 @@ class PodRunner:
 
     # ------------------------------------------------------------------------------------------------------- scripted ---
     async def _play(self, pod: Object, script: PodScript) -> None:
-        name = pod["metadata"]["name"]
         if script.waiting:
             await self._status(pod, {"phase": "Pending", "containerStatuses": [_container(pod, {"waiting": script.waiting})]})
             await self._ends[pod["metadata"]["uid"]].get()

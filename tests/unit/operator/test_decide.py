@@ -434,7 +434,7 @@ def test_any_story_keeps_the_invariants(events: list[str]) -> None:
     last_attempt = 0
     terminal: dict[str, Any] | None = None
     for event in events:
-        name = f"ft-{len(world.created)}"
+        name = world.created[-1] if world.created else ""
         pod = world.pods.get(name)
         phase = pod["status"]["phase"] if pod else None
         if event == "run" and phase == "Pending":
@@ -465,4 +465,6 @@ def test_any_story_keeps_the_invariants(events: list[str]) -> None:
             terminal = status
         assert (status.get("attempt") or 0) >= last_attempt
         last_attempt = status.get("attempt") or 0
-    assert world.created == [f"ft-{n}" for n in range(1, len(world.created) + 1)]
+    # A child that is deleted before its attempt was recorded is created again under its name; none is skipped.
+    distinct = list(dict.fromkeys(world.created))
+    assert distinct == [f"ft-{n}" for n in range(1, len(distinct) + 1)]

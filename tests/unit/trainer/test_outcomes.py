@@ -1,6 +1,7 @@
 """What a run leaves behind, and how it ends: the output, best model, repeats, refusals, and the process's exit codes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainer_kit import LABELS, Job, Killed, write_csv
+from safetensors.torch import load_file
+from trainer_kit import LABELS, Job, Killed, rows, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune_api.report import EndReport, Outcome, ResultFile
 from finetune_trainer import inference
 from finetune_trainer.errors import TrainingFailure
 
+# The rate rises until it wrecks what was learned: the last evaluation is a bad one.
+WRECKING = {"learningRate": 0.1, "epochs": 12, "schedule": {"type": "Constant", "warmup": 120}}
 TEXTS = ["it was great", "the box", "awful and slow", "my order is late"]
 
 
@@ -70,8 +74,6 @@ def test_the_result_tells_metrics_tables_and_what_was_worked_out(job: Job) -> No
 def test_evaluate_gives_the_metrics_of_the_result(job: Job) -> None:
     end = job.run()
     predictor = inference.load(job.output / "model")
-    from trainer_kit import rows
-
     test = rows(15, offset=300)
     scores = predictor.evaluate([r["text"] for r in test], [r["label"] for r in test])
     for name, value in scores.values.items():
@@ -85,9 +87,8 @@ def test_it_learns(job: Job) -> None:
 
 @pytest.mark.parametrize("best_metric", ["macro_f1", "loss"])
 def test_the_best_model_is_restored_and_not_the_last(job: Job, best_metric: str) -> None:
-    # A rate that wrecks the model after some steps makes the last evaluation a bad one.
     end = job.run(
-        hyperparameters={"learningRate": 0.3, "epochs": 6, "schedule": {"type": "Constant", "warmup": 30}},
+        hyperparameters=WRECKING,
         evaluation={"bestMetric": best_metric},
     )
     file = result_file(job)
@@ -100,15 +101,15 @@ def test_the_best_model_is_restored_and_not_the_last(job: Job, best_metric: str)
 
 def test_the_best_model_outlives_keep_last_and_a_resume(job: Job) -> None:
     job.changes = {
-        "hyperparameters": {"learningRate": 0.3, "epochs": 6, "schedule": {"type": "Constant", "warmup": 30}},
+        "hyperparameters": WRECKING,
         "checkpoint": {"everySteps": 1, "keepLast": 1},
     }
     with pytest.raises(Killed):
-        job.run(kill_at=35)
+        job.run(kill_at=50)
     end = job.run()
     best = result_file(job).result.best_step
     assert best is not None
-    assert best < 30
+    assert best < 50
     assert metric(end, "validation/macro_f1") == pytest.approx(
         max(float(m.value) for e in result_file(job).evaluations for m in e.metrics if m.name == "validation/macro_f1"), abs=1e-5
     )
@@ -170,8 +171,6 @@ def test_a_diverging_run_fails_and_saves_nothing_that_is_not_finite(job: Job) ->
             checkpoint={"everySteps": 1},
         )
     assert failed.value.failure.reason == "NonFiniteLoss"
-    from safetensors.torch import load_file
-
     for weights in job.checkpoints.glob("step-*/model/model.safetensors"):
         assert all(torch.isfinite(t).all() for t in load_file(weights).values()), weights
 
@@ -278,8 +277,6 @@ def test_a_finished_job_ends_at_once_without_loading_torch(job: Job) -> None:
 def test_a_recipe_that_cannot_be_read_is_told_with_every_problem(
     job: Job, environment: dict[str, str], code: int, said: str
 ) -> None:
-    import re
-
     done = subprocess.run(
         [sys.executable, "-m", "finetune_trainer"],
         env=job.environment() | environment,
