@@ -1,5 +1,6 @@
 """`finetune predict` and `finetune evaluate`: a trained model at work on texts from the command line, a pipe or a file."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_api.names import MODEL_CARD_FILE
 from finetune_cli import inputs, show
 from finetune_cli.errors import UserError
 from finetune_trainer.data import read_table
@@ -25,15 +27,10 @@ def predict(
     """Prints label and probabilities of each text, in order; 0. Raises UserError."""
     if texts and file is not None:
         raise UserError("give texts or --file, not both")
-    with _model(model, s3_root) as predictor:
-        if file is not None:
-            texts = _texts_of(file, text_column or predictor.card.get("textColumn", "text"))
-        elif not texts:
-            if sys.stdin.isatty():
-                show.note("reading texts from the terminal, one per line; Ctrl-D ends")
-            texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
-        if not texts:
-            raise UserError(f"there is nothing to label: {file or 'standard input'} is empty")
+    with _model_folder(model, s3_root) as folder:
+        # Before the model is loaded, which takes seconds: a wrong file is told at once.
+        texts = texts or _texts_to_label(file, text_column or _card(folder).get("textColumn", "text"))
+        predictor = _load(folder)
         predictions = predictor.predict(texts)
         labels = predictor.labels
     if as_json:
@@ -54,11 +51,13 @@ def evaluate(
     """Prints the scores on a labelled file; 0. Raises UserError."""
     if data.suffix not in TABLES:
         raise UserError(f"--data {data}: must be a .csv or .jsonl file")
-    with _model(model, s3_root) as predictor:
-        text = text_column or predictor.card.get("textColumn", "text")
-        label = label_column or predictor.card.get("labelColumn", "label")
+    with _model_folder(model, s3_root) as folder:
+        card = _card(folder)
+        text, label = text_column or card.get("textColumn", "text"), label_column or card.get("labelColumn", "label")
         rows = _table(data, (text, label))
-        scored = predictor.evaluate(_column(rows, text, data), [str(row[label]) for row in rows])
+        texts = _column(rows, text, data)
+        predictor = _load(folder)
+        scored = predictor.evaluate(texts, [str(row[label]) for row in rows])
         per_class = scored.per_class(predictor.labels)
     if as_json:
         show.as_json({"model": model, "data": str(data), "examples": len(rows), "metrics": scored.values, "perClass": per_class})
@@ -70,22 +69,51 @@ def evaluate(
 
 
 @contextmanager
-def _model(model: str, s3_root: Path | None) -> "Iterator[Predictor]":
-    """The model, ready; failures of the trainer's code become UserErrors with their own exit code."""
+def _model_folder(model: str, s3_root: Path | None) -> Iterator[Path]:
+    """A folder with the model's files. What fails in the trainer's code meanwhile becomes a UserError with that failure's exit code."""
+    try:
+        with inputs.model_folder(model, inputs.s3_root(s3_root)) as folder:
+            yield folder
+    except TrainingFailure as failure:
+        raise UserError(failure.message, failure.failure.exit_code or 1) from failure
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """What the training wrote down beside the model."""
+    file = folder / MODEL_CARD_FILE
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TrainingFailure(
+            "ModelNotFound", f"{folder}: there is no {file.name}; it is not a model of `finetune run`"
+        ) from error
+    except ValueError as error:
+        raise TrainingFailure("ModelNotFound", f"{file}: is not JSON: train again, or restore it") from error
+    if not isinstance(card, dict) or not isinstance(card.get("maxLength"), int):
+        raise TrainingFailure("ModelNotFound", f"{file}: has no maxLength: train again, or restore it")
+    return card
+
+
+def _load(folder: Path) -> "Predictor":
     # Before transformers is imported: its progress bars would mix with our output.
-    for name, value in (
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-    ):
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
     from finetune_trainer.inference import load
 
-    try:
-        with inputs.model_folder(model, inputs.s3_root(s3_root)) as folder:
-            yield load(folder)
-    except TrainingFailure as failure:
-        raise UserError(failure.message, failure.failure.exit_code or 1) from failure
+    return load(folder)
+
+
+def _texts_to_label(file: Path | None, column: str) -> list[str]:
+    if file is not None:
+        texts = _texts_of(file, column)
+    else:
+        if sys.stdin.isatty():
+            show.note("reading texts from the terminal, one per line; Ctrl-D ends")
+        texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not texts:
+        raise UserError(f"there is nothing to label: {file or 'standard input'} is empty")
+    return texts
 
 
 def _texts_of(file: Path, column: str) -> list[str]:

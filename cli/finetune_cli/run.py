@@ -52,7 +52,7 @@ def run(file: Path, overrides: list[str], *, workdir: Path | None, s3_root: Path
         )
         if root is not None:
             environment[names.ENV_S3_ROOT] = str(root)
-        code = _train(environment, lock)
+        code = _train(environment, lock, log)
         end = _end_report(log)
     if code == 0 and end is not None:
         _show_result(job, end, root)
@@ -113,7 +113,7 @@ class _Stops:
         self.asked += 1
 
 
-def _train(environment: dict[str, str], lock: int) -> int:
+def _train(environment: dict[str, str], lock: int, log: Path) -> int:
     """Runs the trainer to its end; its exit code (128 + n where signal n ended it)."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(names.RESERVED_ENV_PREFIXES)}
     # A file of the user's named as a module of ours must not be imported in its place.
@@ -127,14 +127,14 @@ def _train(environment: dict[str, str], lock: int) -> int:
         )
         for number in before:
             signal.signal(number, stops)
-        code = _wait(process, stops)
+        code = _wait(process, stops, log)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else SIGNAL_EXIT - code
 
 
-def _wait(process: "subprocess.Popen[bytes]", stops: _Stops) -> int:
+def _wait(process: "subprocess.Popen[bytes]", stops: _Stops, log: Path) -> int:
     sent: float | None = None
     while True:
         try:
@@ -143,10 +143,11 @@ def _wait(process: "subprocess.Popen[bytes]", stops: _Stops) -> int:
             pass
         if stops.asked > 1:
             process.kill()
-        elif stops.asked and (sent is None or time.monotonic() - sent > STOP_AGAIN_SECONDS):
+        elif stops.asked and not log.exists() and (sent is None or time.monotonic() - sent > STOP_AGAIN_SECONDS):
             if sent is None:
                 show.note("\nstopping: the trainer saves a checkpoint first (Ctrl-C again ends it at once; the last one stays)")
-            # Again and again: the first may come before the trainer can hear it, and more than one does no harm.
+            # Again and again, as the first may come before the trainer can hear it; but not to one that has said its last words, because
+            # Python gives its handlers up while it ends.
             process.terminate()
             sent = time.monotonic()
 

@@ -128,11 +128,11 @@ def test_predict_from_arguments_stdin_and_files_agree(
     assert trained.returncode == 0
     texts = [text for text, _ in rows(5, seed=5)]
     model = ["predict", "--model", model_of(place), "-o", "json"]
-    csv_file, jsonl_file, text_file = (tmp_path / f"texts.{suffix}" for suffix in ("csv", "jsonl", "txt"))
+    csv_file, jsonl_file = tmp_path / "texts.csv", tmp_path / "texts.jsonl"
     with csv_file.open("w", newline="") as file:
         csv.writer(file).writerows([["id", "text"], *([i, t] for i, t in enumerate(texts))])
     jsonl_file.write_text("".join(json.dumps({"words": t}) + "\n" for t in texts))
-    text_file.write_text("\n".join(texts))
+    column = ["--text-column", "words"]
     given = execute(*model, *texts)
     assert given.returncode == 0, given.stderr
     assert given.stderr == "", "nothing but the answer"
@@ -144,10 +144,11 @@ def test_predict_from_arguments_stdin_and_files_agree(
         assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].__getitem__)
     assert json.loads(execute(*model, stdin="\n".join(texts) + "\n\n").stdout) == answers
     assert json.loads(execute(*model, "--file", csv_file).stdout) == answers
-    assert json.loads(execute(*model, "--file", jsonl_file, "--text-column", "words").stdout) == answers
-    assert json.loads(execute(*model, "--file", text_file).stdout) == answers
-    table = execute("predict", "--model", "s3://bucket/out/trained/model", "--s3-root", place.buckets, *texts)
+    table = execute(
+        "predict", "--model", "s3://bucket/out/trained/model", "--s3-root", place.buckets, "--file", jsonl_file, *column
+    )
     assert answers[0]["label"] in table.stdout
+    assert f"{answers[0]['probabilities']['neutral']:.3f}" in table.stdout
 
 
 def test_evaluate_says_what_the_training_said(place: Place, trained: "subprocess.CompletedProcess[str]") -> None:
@@ -179,12 +180,15 @@ def test_validate_counts_labels_duplicates_and_leaks(place: Place, tmp_path: Pat
 
 
 # --------------------------------------------------------------------------------------------------- cut off, go on ----
-LONG: dict[str, Any] = {"hyperparameters": {"epochs": 60, "batchSize": 8, "learningRate": 0.001}, "checkpoint": {"everySteps": 40}}
+LONG: dict[str, Any] = {
+    "hyperparameters": {"epochs": 20, "batchSize": 8, "learningRate": 0.001},
+    "checkpoint": {"everySteps": 20},
+}
 
 
 def start(place: Place, name: str) -> "subprocess.Popen[str]":
     """A training of some seconds, in a process group of its own, returned when its first checkpoint is committed."""
-    file = place.manifest(name, evaluation={"everyEpochs": 20}, **LONG)
+    file = place.manifest(name, evaluation={"everyEpochs": 10}, **LONG)
     process = subprocess.Popen(
         [FINETUNE, *place.arguments(file)], env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
@@ -205,9 +209,9 @@ def assert_goes_on(place: Place, name: str) -> None:
     again = execute(*place.arguments(place.folder / f"{name}.yaml"))
     assert again.returncode == 0, again.stderr
     (line,) = [line for line in again.stdout.splitlines() if line.startswith("going on from step")]
-    assert int(line.split()[4]) >= 40
-    assert place.result(name)["steps"] == 900
-    assert place.result(name)["result"]["bestStep"] <= 900
+    assert int(line.split()[4]) >= 20
+    assert place.result(name)["steps"] == 300
+    assert place.result(name)["result"]["bestStep"] <= 300
 
 
 def test_killed_with_everything_it_goes_on_from_its_checkpoint(place: Place) -> None:
@@ -240,7 +244,8 @@ def test_asked_to_stop_it_saves_first(place: Place, number: signal.Signals) -> N
     saved = max(int(m.parent.name.split("-")[1]) for m in place.bucket.glob(f"out/{name}/checkpoints/*/MANIFEST.json"))
     assert f"it goes on from step {saved}" in errors
     assert "Traceback" not in errors
-    assert_goes_on(place, name)
+    if number is signal.SIGTERM:
+        assert_goes_on(place, name)
 
 
 def test_two_runs_of_one_job_do_not_meet(place: Place) -> None:

@@ -134,7 +134,10 @@ def test_a_missing_bucket(bucket: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value", "code"),
-    [("AWS_SECRET_ACCESS_KEY", "wrong", "SignatureDoesNotMatch")],
+    [
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "SignatureDoesNotMatch"),
+        ("AWS_ACCESS_KEY_ID", "nobody", "XAdminUserNotFound"),  # versitygw's own code, with HTTP 404; AWS: InvalidAccessKeyId
+    ],
 )
 def test_wrong_keys(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str, code: str) -> None:
     monkeypatch.setenv(variable, value)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -86,9 +87,15 @@ class Checkpoints:
     def restore(self) -> tuple[Checkpoint, Path] | None:
         """The newest checkpoint that verifies, downloaded. None where there is none; CheckpointCorrupt where none verifies."""
         candidates = self.committed()
+        by_name = {c.name: c for c in candidates}
         for checkpoint in candidates:
-            if (folder := self.fetch(checkpoint)) is not None:
+            if (folder := self.fetch(checkpoint)) is None:
+                continue
+            # Told now and not after hours of training, when the best model is to be restored.
+            best = checkpoint.manifest.get("best")
+            if best in (None, checkpoint.name) or (best in by_name and self.fetch(by_name[best]) is not None):
                 return checkpoint, folder
+            self.log(f"checkpoint {checkpoint.name} is not used: {best}, its best model, cannot be read")
         if candidates:
             raise TrainingFailure(
                 "CheckpointCorrupt",
@@ -131,7 +138,8 @@ class Checkpoints:
     def begin(self, parent: int) -> None:
         """Registers this execution as the newest; what older ones write beyond `parent` does not count from now on."""
         number = max([0, *(int(k[11:-5]) for k in self.store.list("executions/"))]) + 1
-        data = json.dumps({"parent": parent, "time": _now()}).encode()
+        # The id tells our own entry from that of an execution that begins in the same second (put_if_absent compares content).
+        data = json.dumps({"parent": parent, "time": _now(), "id": uuid.uuid4().hex}).encode()
         while not self.store.put_if_absent(f"executions/{number:04d}.json", data):
             number += 1
         self.execution = number
@@ -145,7 +153,7 @@ class Checkpoints:
         self.wait()
         folder = self.scratch / "staged" / self.name(step)
         stage(folder)
-        self._thread = threading.Thread(target=self._commit, args=(step, folder, done), name="checkpoint")
+        self._thread = threading.Thread(target=self._commit, args=(step, folder, self.best, done), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -157,7 +165,13 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def _commit(self, step: int, folder: Path, done: Callable[[Checkpoint], None]) -> None:
+    def _check_not_replaced(self) -> None:
+        """A newer execution has begun: what this one writes no longer counts, and it must not delete what the newer one needs."""
+        newest = max(int(k[11:-5]) for k in self.store.list("executions/"))
+        if newest > self.execution:
+            raise TrainingFailure("Interrupted", f"execution {newest} of this training has taken over from this one")
+
+    def _commit(self, step: int, folder: Path, best: str | None, done: Callable[[Checkpoint], None]) -> None:
         try:
             name = self.name(step)
             files = []
@@ -165,17 +179,29 @@ class Checkpoints:
                 key = path.relative_to(folder).as_posix()
                 self.store.upload(path, f"{name}/{key}")
                 files.append({"path": key, "size": path.stat().st_size, "sha256": _sha256(path)})
-            manifest = {"step": step, "execution": self.execution, "recipe": self.digest, "time": _now(), "files": files}
-            self.store.put_if_absent(f"{name}/{MANIFEST}", json.dumps(manifest).encode())
+            manifest = {
+                "step": step,
+                "execution": self.execution,
+                "recipe": self.digest,
+                "best": best,
+                "time": _now(),
+                "files": files,
+            }
+            if not self.store.put_if_absent(f"{name}/{MANIFEST}", json.dumps(manifest).encode()):
+                raise TrainingFailure("Interrupted", f"{self.store.uri}/{name} was committed by somebody else")
             shutil.rmtree(folder)
+            self._check_not_replaced()
             done(Checkpoint(name, manifest))
             self._delete_old()
         except BaseException as error:  # noqa: BLE001  (raised again in the training thread, by wait)
             self._error = error
 
     def _delete_old(self) -> None:
-        for old in self.committed()[self.keep_last :]:
-            if old.name != self.best:
+        found = self.committed()
+        # Every kept checkpoint needs its best model: a resume may fall back to an older one.
+        needed = {self.best, *(c.manifest.get("best") for c in found[: self.keep_last])}
+        for old in found[self.keep_last :]:
+            if old.name not in needed:
                 self.store.delete(f"{old.name}/{MANIFEST}")  # first: from here on the step does not exist
                 for file in old.manifest["files"]:
                     self.store.delete(f"{old.name}/{file['path']}")

@@ -54,7 +54,7 @@ def load_runtime(env: Mapping[str, str] = os.environ) -> Runtime:
     return Runtime(
         job_name=env.get(names.ENV_JOB_NAME, "finetune"),
         workdir=Path(env.get(names.ENV_WORKDIR, ".")),
-        attempt=int(env.get(names.ENV_ATTEMPT, "1")),
+        attempt=int(attempt) if (attempt := env.get(names.ENV_ATTEMPT, "1")).isdecimal() else 1,
         execution=env.get(names.ENV_POD_UID) or uuid.uuid4().hex,
         model_mirror=env.get(names.ENV_MODEL_MIRROR) or None,
         s3_root=path(names.ENV_S3_ROOT),

@@ -62,7 +62,11 @@ def read_split(path: Path, dataset: Dataset, *, name: str, training: bool = Fals
     bad: list[str] = []
     for line, row in _rows(path, name, (dataset.text_column, dataset.label_column)):
         text, label = row[dataset.text_column], str(row[dataset.label_column])
-        if not isinstance(text, str) or not text.strip():
+        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+            bad.append(
+                f"line {line}: {dataset.text_column} holds half a surrogate pair (\\ud800 to \\udfff): it is no valid text"
+            )
+        elif not isinstance(text, str) or not text.strip():
             bad.append(f"line {line}: {dataset.text_column} is empty or no text")
         elif label not in ids:
             bad.append(f"line {line}: its {dataset.label_column} is not one of dataset.labels ({', '.join(dataset.labels)})")

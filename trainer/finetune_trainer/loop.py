@@ -67,6 +67,7 @@ class Loop:
         self.optimizer = optim.build(self.model, hyper, self.rate)
         self.steps_per_epoch = math.ceil(len(self.train_data) / hyper.batch_size)
         self.total_steps = self.steps_per_epoch * hyper.epochs
+        self._advice = f"lower hyperparameters.learningRate (it is {self.rate:g}) or maxGradNorm, or look for broken rows"
         self._loss: torch.Tensor | None = None
         if self.resumed is not None:
             self._restore(self.resumed)
@@ -99,10 +100,11 @@ class Loop:
             loss = cross_entropy(logits.float(), batch["labels"], reduction="sum") / len(rows)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.hyperparameters.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.hyperparameters.max_grad_norm)
             self.optimizer.step()
             self._read_loss()  # of the step before: waiting for this one would stall an accelerator
-            self._loss = loss.detach()
+            # A gradient that is not finite spoils the weights of this very step, whose loss was fine.
+            self._loss = torch.where(torch.isfinite(norm), loss.detach(), norm)
             self._advance(len(rows))
             self.on_step(self._shown_loss, rate)
             self._maybe_evaluate_and_save()
@@ -124,11 +126,7 @@ class Loop:
             return
         value, self._loss = float(self._loss), None
         if not math.isfinite(value):
-            raise TrainingFailure(
-                "NonFiniteLoss",
-                f"the loss became {value} near step {self.state.step}: lower hyperparameters.learningRate (it is {self.rate:g}) "
-                "or hyperparameters.maxGradNorm, or look for broken rows in the data",
-            )
+            raise TrainingFailure("NonFiniteLoss", f"the loss became {value} near step {self.state.step}: {self._advice}")
         self._shown_loss = value
 
     # -------------------------------------------------------------------------------------------- evaluate and save ----
@@ -156,6 +154,8 @@ class Loop:
         scores = evaluate(self.model, self.validation_data, self.pad, self.device)
         named = [m.model_dump(by_alias=True) for m in scores.named("validation")]
         state.evaluations.append({"examples": state.examples, "step": state.step, "metrics": named})
+        if not math.isfinite(scores.values["loss"]):
+            raise TrainingFailure("NonFiniteLoss", f"the validation loss became {scores.values['loss']}: {self._advice}")
         value = scores.values[metric] if metric.higher_is_better else -scores.values[metric]
         stop = self.recipe.hyperparameters.early_stopping
         # The first evaluation is always an improvement; minDelta is about patience, not about which model is kept.

@@ -1,5 +1,6 @@
 """What people and the operator see of a run: lines or a progress bar, the termination message, TensorBoard files."""
 
+import math
 import sys
 import time
 from datetime import UTC, datetime
@@ -35,10 +36,11 @@ class Console:
         """Shows progress; the seconds that are left at the pace since this process began."""
         now = time.monotonic()
         if self.first_step is None:
-            self.first_step, self.started = step - 1, now
+            self.first_step, self.started = step, now  # the clock starts when the first step is done
         done = step - self.first_step
-        left = (total - step) * (now - self.started) / done if done > 1 else 0.0
-        text = f"step {step}/{total}  loss {loss:.4f}  learning rate {rate:.2e}  {_clock(left)} left"
+        left = (total - step) * (now - self.started) / done if done else 0.0
+        known = f"{loss:.4f}" if math.isfinite(loss) else "-"  # the first loss is read one step late
+        text = f"step {step}/{total}  loss {known}  learning rate {rate:.2e}  {_clock(left)} left"
         if self.bar:
             if now - self._drawn > 0.1 or step == total:
                 filled = BAR * step // total
@@ -68,7 +70,11 @@ def trainer_status(step: int, total: int, left: float, values: dict[str, float],
 def write_end(runtime: Runtime, end: EndReport) -> None:
     """The termination message. Without a file for it (a run by hand) there is nobody to tell."""
     if runtime.termination_log is not None:
-        runtime.termination_log.write_text(end.to_message())
+        try:
+            runtime.termination_log.write_text(end.to_message())
+        except OSError as error:
+            # The exit code still tells the class, and result.json the result.
+            sys.stderr.write(f"{runtime.termination_log} cannot be written: {error.strerror}\n")
 
 
 class EventFiles:

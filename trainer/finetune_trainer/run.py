@@ -44,7 +44,7 @@ class Run:
     def __call__(self) -> EndReport:
         """Trains, or finds that it is done already. Raises TrainingFailure."""
         self.output = open_store(self.recipe.output.storage_uri, self.runtime.s3_root)
-        self.output.check()
+        self.output.check(writable=True)
         if (done := self._already_done()) is not None:
             return done
         splits = self._read_data()
@@ -99,7 +99,7 @@ class Run:
             overwrite=recipe.output.overwrite,
             log=self.console.line,
         )
-        checkpoints.store.check()
+        checkpoints.store.check(writable=True)
         restored = checkpoints.restore()
         source = restored[1] / "model" if restored else model.fetch(recipe.model.uri, self.runtime)
         tokenizer = model.load_tokenizer(source, recipe.model.uri)
@@ -220,6 +220,8 @@ class Run:
             events.add({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
         folder = self.runtime.workdir / "final"
         save_model(best, tokenizer, self.recipe, folder)
+        # With output.overwrite another recipe's result is still there: a death in the upload must not leave it beside our model.
+        self.output.delete(names.RESULT_FILE)
         upload_folder(folder, self.output, names.MODEL_DIR)
         result = Result(
             model_uri=f"{self.output.uri}/{names.MODEL_DIR}", metrics=metrics, best_step=loop.state.best_step or loop.state.step

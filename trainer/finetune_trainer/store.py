@@ -6,9 +6,10 @@ nothing else in the trainer knows boto3.
 
 import base64
 import contextlib
+import errno
 import os
+import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,16 @@ from finetune_trainer.errors import TrainingFailure
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "Forbidden", "ExpiredToken", "InvalidToken"}
+DENIED = {
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "XAdminUserNotFound",
+    "SignatureDoesNotMatch",
+    "403",
+    "Forbidden",
+    "ExpiredToken",
+    "InvalidToken",
+}
 MISSING = {"NoSuchKey", "404", "NotFound"}
 
 
@@ -40,8 +50,8 @@ class Store(Protocol):
     def download(self, key: str, path: Path) -> None: ...
     def list(self, prefix: str = "") -> "list[str]": ...
     def delete(self, key: str) -> None: ...
-    def check(self) -> None:
-        """Raises the failure that a first use would: no such bucket, no access, no answer."""
+    def check(self, *, writable: bool = False) -> None:
+        """Raises the failure that a first use would: no such place, no access, no answer. `writable`: it is to be written to."""
 
 
 def open_store(uri: str, s3_root: Path | None = None) -> Store:
@@ -110,22 +120,28 @@ class FolderStore:
                 for folder in (self.root / key).parents:
                     folder.rmdir()
 
-    def check(self) -> None:
+    def check(self, *, writable: bool = False) -> None:
         with self._errors(""):
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.root, suffix=".part"):
-                pass
+            if writable:
+                with self._temporary("check"):
+                    return
+            # In a bucket a prefix without objects is no error; a folder that is not there is.
+            if not self.root.is_dir() and self.uri.startswith("file://"):
+                raise TrainingFailure(
+                    "StorageNotFound", f"{self.uri}: the folder {self.root} does not exist: create it, or correct the uri"
+                )
 
     @contextlib.contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
         target = self.root / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
-        os.close(handle)
+        # Not mkstemp: its files are for their owner alone, and a model is for others too.
+        path = target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")
+        path.touch(exist_ok=False)
         try:
-            yield Path(name)
+            yield path
         finally:
-            Path(name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -133,9 +149,9 @@ class FolderStore:
             yield
         except FileNotFoundError as error:
             raise Missing(key) from error
-        except PermissionError as error:
-            raise TrainingFailure("StorageDenied", f"{self.uri}: no permission to use {self.root / key}") from error
         except OSError as error:
+            if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+                raise TrainingFailure("StorageDenied", f"{self.uri}: no permission to use {self.root / key}") from error
             raise TrainingFailure("StorageUnavailable", f"{self.uri}: {error.strerror or error}") from error
 
 
@@ -196,7 +212,7 @@ class S3Store:
         with self._errors(key):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
-    def check(self) -> None:
+    def check(self, *, writable: bool = False) -> None:  # noqa: ARG002  (a probe would leave an object behind)
         with self._errors(""):
             self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
 
@@ -205,7 +221,7 @@ class S3Store:
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
-        from boto3.exceptions import S3UploadFailedError
+        from boto3.exceptions import Boto3Error, S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
         try:
@@ -220,12 +236,13 @@ class S3Store:
                 raise TrainingFailure("StorageNotFound", message) from error
             if code in MISSING:
                 raise Missing(key) from error
-            if code in DENIED:
+            # By status as well: servers other than AWS have codes of their own.
+            if code in DENIED or _status(cause) in {401, 403}:
                 raise TrainingFailure(
                     "StorageDenied", f"{self.uri}: the storage refused the credentials ({code}). {_ADVICE}"
                 ) from error
             raise TrainingFailure("StorageUnavailable", f"{self.uri}: the storage answered {code}") from error
-        except BotoCoreError as error:
+        except (BotoCoreError, Boto3Error) as error:  # boto3 has its own for a download that was tried too often
             message = f"{self.uri}: the storage does not answer ({type(error).__name__}). Check AWS_ENDPOINT_URL and the network"
             raise TrainingFailure("StorageUnavailable", message) from error
 
@@ -238,6 +255,10 @@ _ADVICE = (
 
 def _no_credentials(uri: str) -> str:
     return f"{uri}: no S3 credentials were given. {_ADVICE}"
+
+
+def _status(error: Any) -> int:
+    return int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0)) if hasattr(error, "response") else 0
 
 
 def _code(error: Any) -> str:

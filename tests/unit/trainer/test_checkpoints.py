@@ -212,7 +212,9 @@ def test_what_a_replaced_execution_goes_on_writing_does_not_count(place: Place) 
     first = place.execution()
     place.save(first, 10)
     second = place.execution(10)
-    place.save(first, 20, 30)  # only thought dead
+    with pytest.raises(TrainingFailure, match="has taken over"):
+        place.save(first, 20)  # only thought dead: it commits, and learns that it was replaced
+    assert "step-00000020-0001" in place.folders()
     assert restored_step(place.execution(None)) == 10
     place.save(second, 20)
     checkpoint, _ = place.execution(None).restore() or pytest.fail("nothing restored")
