@@ -1,0 +1,140 @@
+"""Progress on a real control plane: real pod-bound tokens are heard, all others refused; the status is written sparingly."""
+
+import json
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from finetune_api.names import PROGRESS_AUDIENCE
+from integration.jobs import Jobs, manifest, wait
+from testcluster import Cluster, PodRunner, hang
+from testcluster.operator import Operator
+
+REPORT = {
+    "trainerStatus": {
+        "progressPercentage": 45,
+        "estimatedRemainingSeconds": 3600,
+        "metrics": [{"name": "loss", "value": "0.23"}],
+        "lastUpdatedTime": "2026-06-12T03:00:00Z",
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def runner(cluster: Cluster) -> Iterator[PodRunner]:
+    with PodRunner(cluster.kubeconfig, lambda _pod: hang(20)) as running:
+        yield running
+
+
+class Poster:
+    """Posts as pods of one running job would."""
+
+    def __init__(self, jobs: Jobs, operator: Operator, name: str) -> None:
+        self.jobs = jobs
+        self.operator = operator
+        self.name = name
+
+    def token(self, name: str, *, audience: str = PROGRESS_AUDIENCE, bound: bool = True) -> str:
+        arguments = ["create", "token", "default", f"--audience={audience}"]
+        if bound:
+            pod = self.jobs.get(name, "pod")["metadata"]
+            arguments += ["--bound-object-kind=Pod", f"--bound-object-name={pod['name']}", f"--bound-object-uid={pod['uid']}"]
+        return str(self.jobs.cluster.kubectl("-n", self.jobs.namespace, *arguments).stdout).strip()
+
+    def post(self, token: str, body: Any = REPORT, *, name: str = "", attempt: int = 1) -> tuple[int, str]:
+        ca = json.loads(
+            self.jobs.cluster.kubectl("-n", self.operator.namespace, "get", "secret", self.operator.secret, "-o", "json").stdout
+        )
+        import base64
+
+        context = ssl.create_default_context(cadata=base64.b64decode(ca["data"]["ca.crt"]).decode())
+        path = f"/v1/namespaces/{self.jobs.namespace}/finetunejobs/{name or self.name}/attempts/{attempt}/progress"
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"https://127.0.0.1:{self.operator.progress_port}{path}", data=data, method="POST")
+        request.add_header("Authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, context=context, timeout=10) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+@pytest.fixture
+def poster(cluster: Cluster, operator: Operator, runner: PodRunner, namespace: str) -> Poster:
+    jobs = Jobs(cluster, namespace)
+    jobs.apply(manifest("mine"), manifest("other"))
+    jobs.wait_state("mine", "Running")
+    jobs.wait_state("other", "Running")
+    return Poster(jobs, operator, "mine")
+
+
+def test_the_pods_own_token_is_heard_and_shows_in_the_status(poster: Poster) -> None:
+    pod = poster.jobs.wait_pod("mine-1")
+    assert poster.post(poster.token(pod)) == (200, "{}")
+    status = wait(lambda: poster.jobs.status("mine").get("trainerStatus"), "trainerStatus")
+    assert status == REPORT["trainerStatus"]
+    assert poster.jobs.condition("mine", "Progressing")["status"] == "True"
+
+
+def test_everybody_else_is_refused(poster: Poster, cluster: Cluster) -> None:
+    mine, other = poster.jobs.wait_pod("mine-1"), poster.jobs.wait_pod("other-1")
+    assert poster.post("rubbish")[0] == 401
+    assert poster.post(poster.token(mine, audience="https://kubernetes.default.svc"))[0] == 401
+    assert poster.post(poster.token(mine, bound=False))[0] == 403
+    assert poster.post(poster.token(other))[0] == 403
+    assert poster.post(poster.token(mine), name="other")[0] == 403
+    assert poster.post(poster.token(mine), name="absent")[0] == 403
+    assert poster.post(poster.token(mine), attempt=2)[0] == 403
+    # A pod that only claims to be of the job: our labels, but not our Job's.
+    forged = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "forged", "labels": poster.jobs.get(mine, "pod")["metadata"]["labels"]},
+        "spec": {"containers": [{"name": "trainer", "image": "x"}]},
+    }
+    cluster.kubectl("-n", poster.jobs.namespace, "apply", "-f", "-", stdin=json.dumps(forged))
+    assert poster.post(poster.token("forged"))[0] == 403
+    assert "trainerStatus" not in poster.jobs.status("mine")
+
+
+def test_an_older_attempt_is_not_heard(poster: Poster, runner: PodRunner) -> None:
+    pod = poster.jobs.wait_pod("mine-1")
+    token = poster.token(pod)
+    runner.finish(pod, 137)
+    wait(lambda: poster.jobs.status("mine").get("attempt") == 2, "attempt 2")
+    code, text = poster.post(token)
+    # The API server refuses tokens of a pod that is gone; a finished pod that is still there is refused by us.
+    assert code in (401, 409), text
+
+
+def test_a_bad_body_is_told_with_the_field(poster: Poster) -> None:
+    token = poster.token(poster.jobs.wait_pod("mine-1"))
+    assert poster.post(token, b"{")[0] == 400
+    code, text = poster.post(token, {"trainerStatus": {"progressPercentage": 101}})
+    assert code == 400
+    assert "trainerStatus.progressPercentage" in text
+    assert poster.post(token, b"x" * 70_000)[0] == 413
+
+
+def test_the_status_is_written_at_most_every_ten_seconds_for_progress_alone(poster: Poster, operator: Operator) -> None:
+    token = poster.token(poster.jobs.wait_pod("mine-1"))
+    assert poster.post(token)[0] == 200
+    wait(lambda: poster.jobs.status("mine").get("trainerStatus"), "the first report")
+    before = poster.jobs.get("mine")["metadata"]["resourceVersion"]
+    for percent in range(50, 58):
+        assert poster.post(token, {"trainerStatus": {"progressPercentage": percent}})[0] == 200
+        time.sleep(0.3)
+    assert poster.jobs.get("mine")["metadata"]["resourceVersion"] == before
+    wait(lambda: poster.jobs.status("mine")["trainerStatus"]["progressPercentage"] == 57, "the last report", 15)
+
+
+def test_a_pod_that_posts_too_much_is_slowed_down(poster: Poster) -> None:
+    token = poster.token(poster.jobs.wait_pod("mine-1"))
+    codes = [poster.post(token)[0] for _ in range(40)]
+    assert codes[0] == 200
+    assert 429 in codes
