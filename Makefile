@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The test cluster is a tool of this checkout, not a part of the distribution.
+export PYTHONPATH := $(CURDIR)/hack/testcluster
 
 .PHONY: help demo test lint unit integration cluster cluster-down generate lock clean
 

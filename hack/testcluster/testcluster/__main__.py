@@ -20,6 +20,8 @@ from testcluster.processes import is_running, start_time
 from testcluster.s3 import S3Server
 
 IMAGE = "finetune-trainer"
+ROOT = Path(__file__).parents[3]
+EXAMPLE = "customer-feedback"
 
 
 def _state_file() -> Path:
@@ -64,21 +66,28 @@ def _supervise() -> int:
     """Owns the cluster until SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     python = {IMAGE: [sys.executable]}
+    # Pods are processes of this machine, so that a folder of this machine can be the model mirror.
+    fetched = subprocess.run([sys.executable, ROOT / "hack/minilm.py"], stdout=subprocess.PIPE, text=True, check=True)
+    mirror = f"--model-mirror={fetched.stdout.strip()}"
     with (
         Cluster() as cluster,
         S3Server() as s3,
-        Operator(cluster, trainer_image=IMAGE) as operator,
+        Operator(cluster, trainer_image=IMAGE, arguments=[mirror]) as operator,
         PodRunner(cluster.kubeconfig, run_process, image_commands=python),
     ):
         credentials = [f"--from-literal={name}={value}" for name, value in s3.environment().items()]
         cluster.kubectl("create", "secret", "generic", "s3-credentials", *credentials)
+        s3.create_bucket(EXAMPLE)
+        for file in (ROOT / "examples" / EXAMPLE / "data").glob("*.csv"):
+            s3.client().upload_file(str(file), EXAMPLE, f"data/{file.name}")
         kubectl = binaries.ensure(["kubectl"])["kubectl"]
         hello = (
             f"Kubernetes with the operator is up: pods run as processes of this machine. Stop it with `make cluster-down`.\n"
             f"  export KUBECONFIG={cluster.kubeconfig}\n"
             f"  alias kubectl={kubectl}\n"
             f"  S3: {s3.endpoint} (key {s3.access_key}, secret {s3.secret_key}); buckets are folders of {s3.directory / 'data'}\n"
-            f"  the Secret s3-credentials in namespace default has the same; operator log: {operator.log}"
+            f"  the Secret s3-credentials in namespace default has the same; operator log: {operator.log}\n"
+            f"Try it: kubectl apply -f examples/{EXAMPLE}/finetunejob.yaml && kubectl get ftj -w"
         )
         pid = os.getpid()
         state = {"pid": str(pid), "started": str(start_time(pid)), "hello": hello}
