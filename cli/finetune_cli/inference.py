@@ -29,7 +29,8 @@ def predict(
         raise UserError("give texts or --file, not both")
     with _model_folder(model, s3_root) as folder:
         # Before the model is loaded, which takes seconds: a wrong file is told at once.
-        texts = texts or _texts_to_label(file, text_column or _card(folder).get("textColumn", "text"))
+        card = _card(folder)
+        texts = texts or _texts_to_label(file, text_column or card.get("textColumn", "text"))
         predictor = _load(folder)
         predictions = predictor.predict(texts)
         labels = predictor.labels

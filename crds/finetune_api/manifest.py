@@ -109,7 +109,11 @@ def _apply(doc: dict[str, Any], override: str) -> None:
     if not sep or not path:
         raise ManifestError([f"--set {override!r}: must be path=value, for example hyperparameters.epochs=5"])
     keys = path.removeprefix("spec.").split(".")
-    node = doc.setdefault("spec", {})
+    if doc.get("spec") is None:
+        doc["spec"] = {}
+    node = doc["spec"]
+    if not isinstance(node, dict):
+        raise ManifestError([f"--set {path}: spec is not an object"])
     for key in keys[:-1]:
         if node.get(key) is None:
             node[key] = {}

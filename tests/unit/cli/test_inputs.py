@@ -1,0 +1,56 @@
+"""Paths, columns and tables of the command line, without a process."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune_cli import inference, inputs, run, show
+from finetune_cli.errors import UserError
+
+
+def test_uris_on_this_machine() -> None:
+    root = Path("/buckets")
+    assert inputs.local_path("s3://bucket/a/b", root) == Path("/buckets/bucket/a/b")
+    assert inputs.local_path("file:///models/x", None) == Path("/models/x")
+    assert inputs.local_path("s3://bucket/a", None) is None
+
+
+def test_attempts_grow_and_a_broken_count_is_told(tmp_path: Path) -> None:
+    assert [run._next_attempt(tmp_path) for _ in range(3)] == [1, 2, 3]
+    (tmp_path / run.STATE_FILE).write_text("[")
+    with pytest.raises(UserError, match="delete it"):
+        run._next_attempt(tmp_path)
+
+
+def test_a_row_without_a_text_is_named_by_its_number(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "secret words"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match="row 2") as error:
+        inference._texts_of(file, "text")
+    assert "secret" not in error.value.message
+    with pytest.raises(UserError, match=r"\.txt"):
+        inference._texts_of(tmp_path / "rows.xlsx", "text")
+
+
+def test_text_files_are_one_text_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("\ufeffone\n\ntwo\n", encoding="utf-8")
+    assert inference._texts_of(file, "text") == ["one", "two"]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        inference._texts_of(file, "text")
+
+
+@pytest.mark.parametrize("card", ["[]", "{", '{"labels": []}'])
+def test_a_broken_model_card_is_told(tmp_path: Path, card: str) -> None:
+    (tmp_path / "finetune.json").write_text(card)
+    with pytest.raises(UserError, match=r"finetune\.json") as error:
+        inference.predict(str(tmp_path), ["x"], file=None, text_column=None, as_json=True, s3_root=None)
+    assert error.value.exit_code == 12
+
+
+def test_labels_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    show.table("counts [x]", ("[bold]label", "n"), [("[red]bad[/red]", "1")], words=("[bold]label",))
+    printed = capsys.readouterr().out
+    for text in ("counts [x]", "[bold]label", "[red]bad[/red]"):
+        assert text in printed
