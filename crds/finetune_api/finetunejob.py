@@ -1,9 +1,10 @@
 """The FineTuneJob resource: spec (recipe + placement), status, and what of it may change when."""
 
 import re
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AwareDatetime, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints, field_validator
 
 from finetune_api.base import Cel, EachOnce, Model
 from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
@@ -31,6 +32,25 @@ class FineTuneJobSpec(Recipe, Placement):
 
 
 # ---------------------------------------------------------------------------------------------------------- status --
+def _has_utc(time: datetime) -> datetime:
+    try:
+        time.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("a time between the years 1 and 9999 in UTC") from error
+    return time
+
+
+def _fits_int64(value: int) -> int:
+    if value >= 2**63:
+        raise ValueError("a number below 2**63")
+    return value
+
+
+# What trainers report ends in the status: a value that it cannot hold would stand in the way of every later write.
+Time = Annotated[AwareDatetime, AfterValidator(_has_utc)]
+Count = Annotated[int, Field(ge=0), AfterValidator(_fits_int64)]
+
+
 class StatusCondition(Model):
     """One aspect of the job's state (metav1.Condition)."""
 
@@ -62,20 +82,20 @@ class TrainerStatus(Model):
 
     progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
     """Share of the planned steps that is done."""
-    estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = None
+    estimated_remaining_seconds: Count | None = None
     """Time left at the present pace."""
     metrics: Annotated[list[MetricValue], Field(max_length=256)] = []
     """Latest metrics."""
-    last_updated_time: AwareDatetime | None = None
+    last_updated_time: Time | None = None
     """When the trainer reported."""
 
 
 class Evaluation(Model):
     """One evaluation on the validation data. Written once."""
 
-    examples: Annotated[int, Field(ge=0)]
+    examples: Count
     """Training examples seen."""
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     """Optimizer steps done."""
     metrics: Annotated[list[MetricValue], Field(max_length=16)]
     """The metrics."""
@@ -84,13 +104,13 @@ class Evaluation(Model):
 class CheckpointStatus(Model):
     """The newest durable checkpoint."""
 
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     """Optimizer steps it contains."""
     uri: Annotated[str, StringConstraints(max_length=2048)]
     """Where it is."""
-    time: AwareDatetime
+    time: Time
     """When it was committed."""
-    size_bytes: Annotated[int, Field(ge=0)]
+    size_bytes: Count
     """Size of all its files."""
 
 
@@ -118,7 +138,7 @@ class Result(Model):
     """Where the model is; transformers' from_pretrained loads it."""
     metrics: Annotated[list[MetricValue], Field(max_length=64)] = []
     """Metrics of the best model on validation data and, where given, on test data."""
-    best_step: Annotated[int, Field(ge=0)] | None = None
+    best_step: Count | None = None
     """Optimizer step of the best model."""
 
 

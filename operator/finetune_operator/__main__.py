@@ -17,6 +17,8 @@ def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} must be host:port, for example 0.0.0.0:8080")
+    if int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: a port is at most 65535")
     return host.strip("[]"), int(port)
 
 
@@ -28,8 +30,15 @@ def _url(text: str) -> str:
 
 def _positive(text: str) -> float:
     value = float(text)
-    if value <= 0:
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
 
 
@@ -44,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--metrics-bind", type=_address, default=("0.0.0.0", 8080), help="address of /metrics, /healthz, /readyz")  # noqa: S104
     add("--tls-secret", default="finetune-operator-progress", help="Secret that keeps the progress server's CA")
     add("--own-namespace", default=os.environ.get("POD_NAMESPACE", "default"), help="namespace of that Secret")
-    add("--workers", type=int, default=10, help="reconciles at a time")
+    add("--workers", type=_count, default=10, help="reconciles at a time")
     add("--resync-seconds", type=_positive, default=300.0, help="pause between full lists")
     add(
         "--restart-backoff-seconds", type=_positive, default=10.0, help="wait before the first counted restart; doubles each time"

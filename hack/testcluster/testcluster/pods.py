@@ -158,17 +158,24 @@ class PodRunner:
         spec = {"holderIdentity": NODE, "leaseDurationSeconds": 40}
         while True:
             renewed = {**spec, "renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
-            code, _ = await self._call("PATCH", f"{path}/{NODE}", {"spec": renewed}, "application/merge-patch+json")
-            if code == 404:
-                lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": NODE}, "spec": renewed}
-                await self._call("POST", path, lease)
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # an outage: the next turn renews it
+                code, _ = await self._call("PATCH", f"{path}/{NODE}", {"spec": renewed}, "application/merge-patch+json")
+                if code == 404:
+                    lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": NODE}, "spec": renewed}
+                    await self._call("POST", path, lease)
             await asyncio.sleep(10)
 
     async def _watch(self) -> None:
         version = ""
         while True:
             if not version:
-                _, listed = await self._call("GET", "/api/v1/pods")
+                try:
+                    code, listed = await self._call("GET", "/api/v1/pods")
+                except (aiohttp.ClientError, TimeoutError):
+                    code, listed = 0, {}
+                if code != 200:
+                    await asyncio.sleep(0.5)  # away, or not ready yet after it was away
+                    continue
                 for pod in listed["items"]:
                     self._see(pod)
                 version = listed["metadata"]["resourceVersion"]

@@ -155,5 +155,5 @@ def _parse(body: bytes) -> ProgressReport:
         return ProgressReport.model_validate(json.loads(body))
     except ValidationError as error:
         raise Denied(400, "; ".join(explain(error)[:5])) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # json recurses with the nesting of what it reads
         raise Denied(400, "the body is not JSON") from error

@@ -93,14 +93,15 @@ async def resync(
     places: list[str | None] = [*namespaces] or [None]
     while True:
         try:
-            seen: set[Key] = set()
+            # Taken first: what is made while the list is read must not look as if it were gone.
+            known, seen = reconciler.known(), set[Key]()
             for namespace in places:
                 async for job in cluster.list(JOBS, namespace):
                     key = (job["metadata"]["namespace"], job["metadata"]["name"])
                     seen.add(key)
                     if key not in reconciler.finished:
                         queue.add(key)
-            for key in reconciler.finished - seen:
+            for key in known - seen:
                 reconciler.forget(key)
             listed.set()
             pause = seconds * random.uniform(0.8, 1.2)

@@ -43,6 +43,8 @@ class Reconciler:
         """Resources that are Complete or Failed: events of their children need no read."""
         self.heartbeat = time.monotonic()
         self._written: dict[Key, float] = {}
+        self._uids: dict[Key, str] = {}
+        """Which object a key stood for when it was last read: what is remembered is of that one."""
 
     async def work(self) -> None:
         """Until the queue is closed."""
@@ -81,16 +83,25 @@ class Reconciler:
         except port.NotFound:
             self.forget(key)
             return
+        uid = job["metadata"]["uid"]
+        if self._uids.get(key, uid) != uid:
+            self.forget(key)  # deleted and made anew between two looks
+        self._uids[key] = uid
         observed = await self.observe(job)
         decision = decide(observed, datetime.now(UTC), self.settings)
         decision = await self._apply(job, observed, decision)
         await self._write(key, job, decision)
+
+    def known(self) -> set[Key]:
+        """Everything that is remembered."""
+        return {*self._uids}
 
     def forget(self, key: Key) -> None:
         """The resource is gone."""
         self.progress.pop(key, None)
         self._written.pop(key, None)
         self.finished.discard(key)
+        self._uids.pop(key, None)
         self.metrics.saw(*key, None)
 
     # ----------------------------------------------------------------------------------------------------- observe -----

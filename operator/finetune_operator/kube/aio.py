@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import aiohttp
+import yaml
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
@@ -32,7 +33,7 @@ async def load_configuration(kubeconfig: Path | None) -> Configuration:
             await kube_config.load_kube_config(config_file=path, client_configuration=configuration)
         else:
             kube_config.load_incluster_config(client_configuration=configuration)
-    except (kube_config.ConfigException, OSError) as error:
+    except (kube_config.ConfigException, OSError, yaml.YAMLError) as error:
         where = (
             f"the kubeconfig {path} cannot be used" if path else "there is no --kubeconfig, no KUBECONFIG and no ServiceAccount"
         )
