@@ -77,7 +77,9 @@ async def test_a_refusal_carries_the_api_servers_sentence(api: AioCluster, names
     # The test cluster has no quota controller, which would count what is there.
     await api.patch(quotas, namespace, "none", {"status": {"hard": hard, "used": hard}}, subresource="status")
     with pytest.raises(port.Refused) as refused:
-        await api.create(CONFIG_MAPS, namespace, config_map("one-too-many"))
+        for number in range(200):  # admission reads quotas through a watch, a moment late
+            await api.create(CONFIG_MAPS, namespace, config_map(f"one-too-many-{number}"))
+            await asyncio.sleep(0.1)
     assert (refused.value.status, refused.value.reason) == (403, "Forbidden")
     assert "exceeded quota: none" in refused.value.message
 
