@@ -76,10 +76,14 @@ async def test_a_refusal_carries_the_api_servers_sentence(api: AioCluster, names
     await api.create(quotas, namespace, {"metadata": {"name": "none"}, "spec": {"hard": hard}})
     # The test cluster has no quota controller, which would count what is there.
     await api.patch(quotas, namespace, "none", {"status": {"hard": hard, "used": hard}}, subresource="status")
-    with pytest.raises(port.Refused) as refused:
+
+    async def create_until_refused() -> None:
         for number in range(200):  # admission reads quotas through a watch, a moment late
             await api.create(CONFIG_MAPS, namespace, config_map(f"one-too-many-{number}"))
             await asyncio.sleep(0.1)
+
+    with pytest.raises(port.Refused) as refused:
+        await create_until_refused()
     assert (refused.value.status, refused.value.reason) == (403, "Forbidden")
     assert "exceeded quota: none" in refused.value.message
 
