@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import ssl
@@ -25,6 +26,7 @@ from testcluster.processes import Child
 NODE = "scripted"
 Script = Callable[[Object], PodScript | RunProcess]
 MAX_MESSAGE = 4096
+CALL_TURNS = 10
 
 
 class PodRunner:
@@ -142,8 +144,13 @@ class PodRunner:
         self, method: str, path: str, body: Object | None = None, kind: str = "application/json"
     ) -> tuple[int, Object]:
         data = json.dumps(body) if body is not None else None
-        async with self._http.request(method, path, data=data, headers={"Content-Type": kind}) as response:
-            return response.status, await response.json()
+        for turn in range(1, CALL_TURNS + 1):
+            async with self._http.request(method, path, data=data, headers={"Content-Type": kind}) as response:
+                # An API server that just came back is not ready for everything at once.
+                if (response.status != 429 and response.status < 500) or turn == CALL_TURNS:
+                    return response.status, await response.json(content_type=None)
+            await asyncio.sleep(random.uniform(0.2, 0.6))
+        raise AssertionError("the last turn returns")
 
     async def _make_node(self) -> None:
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}
