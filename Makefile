@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The test cluster is a tool of this checkout, not a part of the distribution.
 export PYTHONPATH := $(CURDIR)/hack/testcluster
 
-.PHONY: help demo test lint unit integration cluster cluster-down generate lock clean
+.PHONY: help demo test lint unit integration images cluster cluster-down generate lock clean
 
 help: ## this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ integration: $(VENV)/dev.stamp ## integration tests (the first run builds the Ku
 
 cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes API with the operator running; pods run as processes on this machine
 	$(BIN)/python -m testcluster up
+
+images: $(VENV)/dev.stamp ## builds the operator's and the trainer's image with docker, podman or buildah (IMAGE_ARGS: more of its arguments)
+	$(BIN)/python -m testcluster.images $(IMAGE_ARGS)
 
 cluster-down: $(VENV)/dev.stamp ## stops what `make cluster` started
 	$(BIN)/python -m testcluster down

@@ -3,12 +3,14 @@
 0 is Complete (or AlreadyCompleted); the others are in finetune_api.failures. The last words go to the termination message.
 """
 
+import argparse
 import os
 import signal
 import sys
 import threading
 import traceback
 
+from finetune_api import names
 from finetune_api.failures import BY_REASON
 from finetune_api.report import EndReport, Outcome
 from finetune_trainer import config
@@ -17,8 +19,19 @@ from finetune_trainer.report import write_end
 from finetune_trainer.run import Run
 
 
+def _parse() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune_trainer",
+        description="Fine-tunes what the recipe says. It is told everything by its environment and takes no arguments.",
+        epilog=f"{names.ENV_JOB}: the recipe as JSON. {names.ENV_WORKDIR}: a writable folder. {names.ENV_MODEL_MIRROR}: where "
+        "hf:// models are looked up first. AWS_*: the object store. `finetune run -f job.yaml` sets them from a manifest.",
+    )
+    parser.parse_args()
+
+
 def main() -> int:
     """Runs and reports; the exit code."""
+    _parse()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -40,7 +40,7 @@ def _up() -> int:
     if state := _running():
         print(f"The cluster is up already.\n{state['hello']}")
         return 0
-    binaries.ensure()
+    binaries.ensure([name for name in binaries.PROGRAMS if name not in binaries.NODE])
     folder = _state_file().parent
     folder.mkdir(parents=True, exist_ok=True)
     _state_file().unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def _down() -> int:
 def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(prog="python -m testcluster", description=__doc__)
-    parser.add_argument("command", choices=("up", "down", "status", "binaries", "supervise"))
+    parser.add_argument("command", choices=("up", "down", "status", "binaries", "node-binaries", "supervise"))
     command = parser.parse_args().command
     if command == "up":
         return _up()
@@ -130,7 +130,8 @@ def main() -> int:
         state = _running()
         print(state["hello"] if state else "No cluster is running.")
         return 0
-    for name, path in binaries.ensure().items():
+    wanted = [name for name in binaries.PROGRAMS if name not in binaries.NODE or command == "node-binaries"]
+    for name, path in binaries.ensure(wanted).items():
         print(f"{name}: {path}")
     return 0
 

@@ -32,7 +32,7 @@ _ISSUER = "https://kubernetes.default.svc"
 _SERVICE_RANGE, _SERVICE_IP = "10.0.0.0/24", "10.0.0.1"
 _READY_SECONDS = 60.0
 _START_ATTEMPTS = 3  # a port can be lost between choosing and binding it
-_HOST = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 _AUDIT_POLICY = "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\nrules:\n- level: Metadata\n"
 
 
@@ -43,12 +43,17 @@ class Cluster:
         self,
         *,
         directory: Path | None = None,
+        host: str = _LOOPBACK,
         audit: bool = False,
         controllers: Sequence[str] = (),
         api_server_args: Sequence[str] = (),
         controller_manager_args: Sequence[str] = (),
     ) -> None:
-        """`controllers` are started besides CONTROLLERS; the other arguments are further flags, the last one given wins."""
+        """`host` is the address to listen on: of the node where pods call the API server.
+
+        `controllers` are started besides CONTROLLERS; the other arguments are further flags, the last one given wins.
+        """
+        self._host = host
         self._own_directory = directory is None
         self._directory = directory
         self._audit = audit
@@ -106,7 +111,7 @@ class Cluster:
     @property
     def url(self) -> str:
         """The API server's address."""
-        return f"https://{_HOST}:{self._port}"
+        return f"https://{self._host}:{self._port}"
 
     @property
     def kubeconfig(self) -> Path:
@@ -151,6 +156,11 @@ class Cluster:
         self._write_kubeconfig(file, user, *self._pki.client(f"user-{file.stem}", user, groups))
         return file
 
+    @property
+    def certificates(self) -> pki.Authority:
+        """The cluster's CA, for programs that join it."""
+        return self._pki
+
     def issue_server_certificate(self, name: str, hosts: Sequence[str]) -> tuple[Path, Path]:
         """A server certificate from the cluster's CA: the paths of the certificate and of its key."""
         return self._pki.server(name, hosts)
@@ -168,7 +178,7 @@ class Cluster:
         child = Child.start(name, [str(self._programs[name]), *self._arguments(name)], log=self._log(name))
         self._children[name] = child
         ready = {
-            "etcd": lambda: answers_ok(f"http://{_HOST}:{self._etcd_port}/health"),
+            "etcd": lambda: answers_ok(f"http://{_LOOPBACK}:{self._etcd_port}/health"),
             "kube-apiserver": lambda: answers_ok(f"{self.url}/readyz", self.ca_file, self._admin),
             # Without leader election it works as soon as it runs; the default service account (below) shows that it does.
             "kube-controller-manager": lambda: True,
@@ -187,8 +197,8 @@ class Cluster:
     def _prepare(self) -> None:
         folder = self.directory / "pki"
         self._authority = pki.Authority(folder)
-        names = ["localhost", _HOST, _SERVICE_IP, "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
-        self._serving = self._authority.server("apiserver", names)
+        names = ["localhost", _LOOPBACK, self._host, _SERVICE_IP, "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
+        self._serving = self._authority.server("apiserver", list(dict.fromkeys(names)))
         self._admin = self._authority.client("admin", "admin", ["system:masters"])
         self._signing_key = pki.signing_key(folder / "service-account.key")
         (self.directory / "audit-policy.yaml").write_text(_AUDIT_POLICY)
@@ -196,9 +206,9 @@ class Cluster:
     def _start_on_a_free_port(self, name: str) -> None:
         for attempt in range(1, _START_ATTEMPTS + 1):
             if name == "etcd":
-                self._etcd_port, self._peer_port = free_port(_HOST), free_port(_HOST)
+                self._etcd_port, self._peer_port = free_port(_LOOPBACK), free_port(_LOOPBACK)
             else:
-                self._port = free_port(_HOST)
+                self._port = free_port(self._host)
             try:
                 self.start_component(name)
             except ChildError:
@@ -225,7 +235,8 @@ class Cluster:
         return [f"--{key}={value}" for key, value in flags.items()] + list(self._extra.get(name, ()))
 
     def _etcd(self) -> dict[str, str]:
-        client, peer = f"http://{_HOST}:{self._etcd_port}", f"http://{_HOST}:{self._peer_port}"
+        # Always on loopback: pods must not reach it.
+        client, peer = f"http://{_LOOPBACK}:{self._etcd_port}", f"http://{_LOOPBACK}:{self._peer_port}"
         return {
             "data-dir": str(self.directory / "etcd"),
             "listen-client-urls": client,
@@ -238,8 +249,8 @@ class Cluster:
 
     def _api_server(self) -> dict[str, str]:
         flags = {
-            "etcd-servers": f"http://{_HOST}:{self._etcd_port}",
-            "bind-address": _HOST,
+            "etcd-servers": f"http://{_LOOPBACK}:{self._etcd_port}",
+            "bind-address": self._host,
             "secure-port": str(self._port),
             "tls-cert-file": str(self._serving[0]),
             "tls-private-key-file": str(self._serving[1]),
@@ -248,9 +259,14 @@ class Cluster:
             "service-account-signing-key-file": str(self._signing_key),
             "service-account-issuer": _ISSUER,
             "service-cluster-ip-range": _SERVICE_RANGE,
-            "endpoint-reconciler-type": "none",  # loopback is no address for an endpoint
+            # Loopback is no address for an endpoint.
+            "endpoint-reconciler-type": "none" if self._host == _LOOPBACK else "lease",
             "allow-privileged": "true",
             "authorization-mode": "Node,RBAC",
+            # For logs and exec, where there is a kubelet.
+            "kubelet-client-certificate": str(self._admin[0]),
+            "kubelet-client-key": str(self._admin[1]),
+            "kubelet-preferred-address-types": "InternalIP",
             "shutdown-delay-duration": "0s",
         }
         if self._audit:

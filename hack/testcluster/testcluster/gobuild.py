@@ -43,6 +43,7 @@ class Target:
     ldflags: tuple[str, ...]
     wrapped: bool
     minutes: float  # expected, on two cores with nothing cached
+    main: str = ""  # source of a main package of our own that imports `packages`, for one program
 
 
 @contextmanager
@@ -60,7 +61,10 @@ def build(target: Target, cache: Path) -> Iterator[dict[str, Path]]:
             _build_wrapped(go, environment, target, work, output)
         else:
             _install(go, environment, target, work, output)
-        yield {program: output / _base_name(package) for program, package in target.packages.items()}
+        if target.main:
+            yield dict.fromkeys(target.packages, output / "wrapper")
+        else:
+            yield {program: output / _base_name(package) for program, package in target.packages.items()}
 
 
 def toolchain(cache: Path) -> tuple[str, dict[str, str]]:
@@ -114,12 +118,14 @@ def _install(go: str, environment: dict[str, str], target: Target, work: Path, o
 
 def _build_wrapped(go: str, environment: dict[str, str], target: Target, work: Path, output: Path) -> None:
     imports = "\n".join(f'\t_ "{package}"' for package in target.packages.values())
-    (work / "tools.go").write_text(f"//go:build tools\n\npackage wrapper\n\nimport (\n{imports}\n)\n")
+    tools = f"//go:build tools\n\npackage wrapper\n\nimport (\n{imports}\n)\n"
+    (work / "main.go").write_text(target.main or tools)
     (work / "go.mod").write_text(_wrapper_module(go, environment, target, work))
     log = work / "build.log"
     _run([go, "mod", "tidy"], environment, work, log, f"resolving {target.module} {target.version}", _TIDY_MINUTES)
     flags = " ".join(("-s", "-w", *target.ldflags))
-    argv = [go, "build", "-ldflags", flags, "-o", f"{output}/", *target.packages.values()]
+    packages = ["."] if target.main else list(target.packages.values())
+    argv = [go, "build", "-ldflags", flags, "-o", f"{output}/", *packages]
     _run(argv, environment, work, log, _title(target), target.minutes)
 
 

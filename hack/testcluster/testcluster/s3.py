@@ -16,7 +16,7 @@ from testcluster.readiness import answers_ok
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_HOST = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 _READY_SECONDS = 30.0
 _START_ATTEMPTS = 3
 _HEALTH = "/health"
@@ -27,10 +27,18 @@ class S3Server:
 
     region = "us-east-1"
 
-    def __init__(self, *, directory: Path | None = None, access_key: str = "testcluster", secret_key: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        directory: Path | None = None,
+        host: str = _LOOPBACK,
+        access_key: str = "testcluster",
+        secret_key: str | None = None,
+    ) -> None:
         """With `directory`, buckets survive a stop. Without `secret_key` a random one is made."""
         self._own_directory = directory is None
         self._directory = directory
+        self._host = host
         self.access_key = access_key
         self.secret_key = secret_key or secrets.token_hex(16)
         self._program: Path | None = None
@@ -53,7 +61,7 @@ class S3Server:
             self._directory = statedir.create("s3")
         (self.directory / "data").mkdir(parents=True, exist_ok=True)
         for attempt in range(1, _START_ATTEMPTS + 1):
-            self._port = self._port or free_port(_HOST)
+            self._port = self._port or free_port(self._host)
             try:
                 self._start_once(self._program)
             except ChildError:
@@ -83,7 +91,7 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         """The server's address."""
-        return f"http://{_HOST}:{self._port}"
+        return f"http://{self._host}:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -128,7 +136,7 @@ class S3Server:
     def _start_once(self, program: Path) -> None:
         argv = [
             str(program),
-            f"--port={_HOST}:{self._port}",
+            f"--port={self._host}:{self._port}",
             f"--health={_HEALTH}",
             "--quiet",
             "posix",
