@@ -5,13 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+E2E := $(if $(SMOKE),tests/e2e/test_smoke.py,tests/e2e)
 # The test cluster is a tool of this checkout, not a part of the distribution.
 export PYTHONPATH := $(CURDIR)/hack/testcluster
 
-.PHONY: help demo test lint unit integration images cluster cluster-down generate lock clean
+.PHONY: help demo test lint unit integration e2e images cluster cluster-down generate lock clean
 
 help: ## this table
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp ## sets everything up, fine-tunes a real pretrained model on the shipped customer feedback, prints the metrics
 	$(BIN)/python examples/customer-feedback/demo.py
@@ -30,6 +31,16 @@ unit: $(VENV)/dev.stamp ## unit tests
 integration: $(VENV)/dev.stamp ## integration tests (the first run builds the Kubernetes binaries: about 10 minutes)
 	$(BIN)/python -m testcluster binaries
 	$(BIN)/python -m pytest tests/integration
+
+# Only when it is said on the command line: a KUBECONFIG that happens to be set may be anybody's cluster.
+e2e: $(VENV)/dev.stamp ## a real node with real images, Helm and S3 (root; SMOKE=1: the short part); or KUBECONFIG=... for a cluster of yours
+ifeq ($(origin KUBECONFIG),command line)
+	KUBECONFIG=$(KUBECONFIG) $(BIN)/python -m pytest $(E2E)
+else
+	$(BIN)/python -m testcluster.images --node
+	$(BIN)/python -m testcluster node-binaries
+	env -u KUBECONFIG $(BIN)/python -m testcluster.sandbox $(BIN)/python -m pytest $(E2E)
+endif
 
 cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes API with the operator running; pods run as processes on this machine
 	$(BIN)/python -m testcluster up

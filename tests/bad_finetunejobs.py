@@ -83,6 +83,8 @@ BAD: tuple[Bad, ...] = (
     _spec("no-storage-uri", "output", {}, "output.storageUri"),
     _spec("no-env-name", "trainer.env", [{"value": "x"}], "name"),
     Bad("no-spec", {"spec": DELETE}, "spec"),
+    Bad("half-a-recipe-beside-a-command", {"spec.trainer": {"command": ["train"]}, "spec.dataset": DELETE}, "dataset"),
+    _spec("args-without-command", "trainer.args", ["--fast"], "args"),
     # --- numbers out of bounds ---
     _spec("negative-learning-rate", "hyperparameters.learningRate", -1e-4),
     _spec("zero-learning-rate", "hyperparameters.learningRate", 0),

@@ -40,7 +40,7 @@ def run(file: Path, overrides: list[str], *, workdir: Path | None, s3_root: Path
     job = inputs.job(file, overrides)
     root = inputs.s3_root(s3_root)
     mirror = _mirror(model_mirror)
-    if importlib.util.find_spec("torch") is None:
+    if not job.spec.trainer.command and importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("torch", name="torch")
     scratch = (workdir or Path(".finetune") / job.metadata["name"]).resolve()
     scratch.mkdir(parents=True, exist_ok=True)
@@ -52,9 +52,12 @@ def run(file: Path, overrides: list[str], *, workdir: Path | None, s3_root: Path
         )
         if root is not None:
             environment[names.ENV_S3_ROOT] = str(root)
-        code = _train(environment, lock, log)
+        command = [*job.spec.trainer.command, *job.spec.trainer.args] or [sys.executable, "-m", "finetune_trainer"]
+        code = _train(command, environment, lock, log)
         end = _end_report(log)
-    if code == 0 and end is not None:
+    if code == 0 and job.spec.trainer.command:
+        show.line(f"{job.metadata['name']}: trainer.command ended well")
+    elif code == 0 and end is not None:
         _show_result(job, end, root)
     else:
         _explain(code, end)
@@ -113,7 +116,7 @@ class _Stops:
         self.asked += 1
 
 
-def _train(environment: dict[str, str], lock: int, log: Path) -> int:
+def _train(command: list[str], environment: dict[str, str], lock: int, log: Path) -> int:
     """Runs the trainer to its end; its exit code (128 + n where signal n ended it)."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(names.RESERVED_ENV_PREFIXES)}
     # A file of the user's named as a module of ours must not be imported in its place.
@@ -122,9 +125,10 @@ def _train(environment: dict[str, str], lock: int, log: Path) -> int:
     # Ignored signals stay ignored in the child until it has its own handlers: a Ctrl-C while Python starts would kill it unsaved.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "finetune_trainer"], env=everything, stdin=subprocess.DEVNULL, pass_fds=[lock]
-        )
+        try:
+            process = subprocess.Popen(command, env=everything, stdin=subprocess.DEVNULL, pass_fds=[lock])
+        except OSError as error:
+            raise UserError(f"trainer.command: {command[0]} cannot be started: {error.strerror}") from error
         for number in before:
             signal.signal(number, stops)
         code = _wait(process, stops, log)

@@ -211,7 +211,7 @@ def _transition(name: str, spec: Schema) -> Cel:
     # A set equals another one with the same members in another order; where order has a meaning, compare it as a list.
     parts += [f"self.{p}.map(x, x) == oldSelf.{p}.map(x, x)" for p in _sets(field, name)]
     same = " && ".join(parts)
-    if name not in spec["required"] and "default" not in field:
+    if name not in spec.get("required", ()) and "default" not in field:
         # An optional field could otherwise be added or removed: `==` runs only where both sides are there.
         same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || ({same}))"
     if name in MUTABLE_WHILE_SUSPENDED:

@@ -13,7 +13,6 @@ def trainer_environment(
     """The variables of one attempt (counted from 1). `workdir` and `termination_log` are absolute paths as the process sees them;
     `model_mirror` is a folder or an s3:// prefix."""
     environment = {
-        names.ENV_JOB: job.spec.recipe().model_dump_json(by_alias=True, exclude_none=True),
         names.ENV_JOB_NAME: job.metadata["name"],
         names.ENV_NAMESPACE: job.metadata.get("namespace") or "default",
         names.ENV_ATTEMPT: str(attempt),
@@ -21,6 +20,8 @@ def trainer_environment(
         names.ENV_TERMINATION_LOG: termination_log,
         "PYTHONUNBUFFERED": "1",
     }
+    if job.spec.has_recipe:
+        environment[names.ENV_JOB] = job.spec.recipe().model_dump_json(by_alias=True, exclude_none=True)
     if model_mirror:
         environment[names.ENV_MODEL_MIRROR] = model_mirror
     return environment

@@ -2,14 +2,15 @@
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from finetune_api.base import Cel, EachOnce, Model
 from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
 from finetune_api.placement import Placement
-from finetune_api.recipe import Recipe
+from finetune_api.recipe import Dataset, ModelSource, Output, Recipe, Task
 
 NAME = rf"^[a-z]([-a-z0-9]{{0,{MAX_NAME_LENGTH - 2}}}[a-z0-9])?$"
 
@@ -18,16 +19,54 @@ MUTABLE_WHILE_SUSPENDED = ("trainer", "checkpoint")
 """May change while `suspend` is true before and after the edit; applied by the next attempt. All else never changes."""
 
 
+CORE_FIELDS = ("task", "model", "dataset", "output")
+"""What our own trainer cannot do without; a script of the user's (trainer.command) can."""
+
+
 class FineTuneJobSpec(Recipe, Placement):
     """What to train, where it runs."""
 
+    # Here they may be absent, with trainer.command.
+    task: Task | None = None  # type: ignore[assignment]
+    """What the model learns to do. Required, unless trainer.command runs a script of yours."""
+    model: ModelSource | None = None  # type: ignore[assignment]
+    """The pretrained model to start from. Required, unless trainer.command runs a script of yours."""
+    dataset: Dataset | None = None  # type: ignore[assignment]
+    """The labelled examples. Required, unless trainer.command runs a script of yours."""
+    output: Output | None = None  # type: ignore[assignment]
+    """Where the result goes. Required, unless trainer.command runs a script of yours."""
+
     cel: ClassVar[tuple[Cel, ...]] = (
+        *(
+            Cel(
+                f"has(self.{name}) || (has(self.trainer) && has(self.trainer.command)"
+                f" && {' && '.join(f'!has(self.{other})' for other in CORE_FIELDS if other != name)})",
+                f"{name} is required (only with trainer.command may {', '.join(CORE_FIELDS)} be left out, all four together)",
+            )
+            for name in CORE_FIELDS
+        ),
         Cel("!oldSelf.stop || self.stop", "stop cannot be taken back: create a new job", ".stop"),
         # The rules for the immutable fields are made from the two tables above (crd.py).
     )
 
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        absent = [name for name in CORE_FIELDS if getattr(self, name) is None]
+        if absent and not (self.trainer.command and len(absent) == len(CORE_FIELDS)):
+            raise PydanticCustomError(
+                "core_fields",
+                "{absent}: required, but not set (only with trainer.command may {all} be left out, all four together)",
+                {"absent": ", ".join(absent), "all": ", ".join(CORE_FIELDS)},
+            )
+        return self
+
+    @property
+    def has_recipe(self) -> bool:
+        """Whether there is something for our own trainer to read; False for a script of the user's that needs none."""
+        return self.task is not None
+
     def recipe(self) -> Recipe:
-        """The part that the trainer reads."""
+        """The part that the trainer reads, where there is one."""
         return Recipe.model_validate(self.model_dump(include=set(Recipe.model_fields)))
 
 

@@ -71,6 +71,8 @@ def explain(error: ValidationError) -> list[str]:
             problems.append(f"{path}: unknown field")
         elif e["type"] == "missing":
             problems.append(f"{path}: required, but not set")
+        elif e["type"] == "core_fields":
+            problems.append(f"{path}{'.' if path else ''}{e['msg']}")
         elif e["type"] in ("each_once", "volume"):
             # The input is a whole list or volume: the sentence says which part, and a value may be a secret.
             problems.append(f"{path}: {e['msg']}")

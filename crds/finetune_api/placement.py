@@ -89,6 +89,9 @@ LabelValue = Annotated[
 ]
 
 
+Argument = Annotated[str, StringConstraints(max_length=32768)]
+
+
 class KeySelector(Model):
     """One key of a Secret or ConfigMap in the job's namespace."""
 
@@ -256,6 +259,11 @@ class TrainerPlacement(Model):
 
     image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = None
     """Image with the trainer. Default: the operator's --trainer-image."""
+    command: Annotated[list[Argument], Field(max_length=64)] = []
+    """Runs this in place of our trainer: a script of yours, in an image of yours. It may report progress as Kubeflow's TrainJob
+    does (Hugging Face's Trainer does so by itself); an exit code of 0 is success. SIGTERM asks it to save and end."""
+    args: Annotated[list[Argument], Field(max_length=256)] = []
+    """Arguments of command."""
     env: Annotated[list[EnvVar], Field(max_length=128), EachOnce("name")] = []
     """Environment variables, for example AWS_ENDPOINT_URL."""
     env_from: Annotated[list[EnvFromSource], Field(max_length=32)] = []
@@ -266,6 +274,14 @@ class TrainerPlacement(Model):
     """ServiceAccount of the pod, for workload identity. Its token is not mounted."""
     pod_template: PodTemplate = PodTemplate()
     """Additions to the pod: labels, node selection, volumes."""
+
+    cel: ClassVar[tuple[Cel, ...]] = (Cel("!has(self.args) || has(self.command)", "args needs command", ".args"),)
+
+    @model_validator(mode="after")
+    def _args_need_command(self) -> Self:
+        if self.args and not self.command:
+            raise ValueError("args: args needs command")
+        return self
 
 
 class FailurePolicy(Model):

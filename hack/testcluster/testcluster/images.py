@@ -184,11 +184,16 @@ def main() -> int:
     )
     parser.add_argument("--tool", help="docker, podman or buildah; default: the first that works")
     parser.add_argument("--registry", default="localhost", help="first part of the images' names")
+    parser.add_argument("--node", action="store_true", help="for the test node, on a base made here (root)")
     parser.add_argument("arguments", nargs="*", help="after --: further arguments of the build command, as --build-arg=BASE=...")
     options = parser.parse_args()
     try:
+        if options.node:
+            sandbox.check()
+            prepare()
+            return 0
         build_with(options.tool or find_tool(), options.registry, options.arguments)
-    except ImageError as error:
+    except (ImageError, sandbox.NoSandboxError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

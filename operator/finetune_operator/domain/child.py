@@ -120,7 +120,8 @@ def _container(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
     container: Object = {
         "name": names.CONTAINER,
         "image": trainer.image or settings.trainer_image,
-        "command": ["python", "-m", "finetune_trainer"],
+        "command": trainer.command or ["python", "-m", "finetune_trainer"],
+        **({"args": trainer.args} if trainer.args else {}),
         "env": [*_dump(trainer.env), *_env(job, attempt, settings)],
         "envFrom": _dump(trainer.env_from),
         "resources": trainer.resources_per_node.model_dump(mode="json", by_alias=True),
@@ -146,11 +147,8 @@ def _container(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
 
 def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
     meta = job.metadata
-    recipe = job.spec.recipe().model_dump_json(by_alias=True, exclude_none=True)
     path = f"/v1/namespaces/{meta['namespace']}/{names.PLURAL_JOB}/{meta['name']}/attempts/{attempt}/progress"
     values = {
-        # "$(" would be expanded by the kubelet as a reference to another variable; "$$(" is a literal "$(".
-        names.ENV_JOB: recipe.replace("$(", "$$("),
         names.ENV_JOB_NAME: meta["name"],
         names.ENV_NAMESPACE: meta["namespace"],
         names.ENV_ATTEMPT: str(attempt),
@@ -166,6 +164,10 @@ def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
         "TORCHINDUCTOR_CACHE_DIR": f"{names.CACHE_DIR}/inductor",
         "PYTHONUNBUFFERED": "1",
     }
+    if job.spec.has_recipe:
+        recipe = job.spec.recipe().model_dump_json(by_alias=True, exclude_none=True)
+        # "$(" would be expanded by the kubelet as a reference to another variable; "$$(" is a literal "$(".
+        values[names.ENV_JOB] = recipe.replace("$(", "$$(")
     if settings.model_mirror:
         values[names.ENV_MODEL_MIRROR] = settings.model_mirror
     env: list[Object] = [{"name": k, "value": v} for k, v in values.items()]

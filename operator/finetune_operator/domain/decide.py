@@ -191,9 +191,11 @@ class _Reconcile:
         if not is_true(self.draft.old, Condition.SUSPENDED):
             self._leave(over)
         again = report is not None and report.outcome is Outcome.ALREADY_COMPLETED
-        output = self.job.spec.output.storage_uri.rstrip("/")
         result = report.result.model_dump(mode="json", by_alias=True, exclude_none=True) if report and report.result else {}
-        self.draft.new["result"] = {"modelUri": f"{output}/{names.MODEL_DIR}", **result}
+        if self.job.spec.output and not self.job.spec.trainer.command:
+            result = {"modelUri": f"{self.job.spec.output.storage_uri.rstrip('/')}/{names.MODEL_DIR}", **result}
+        if result:  # where a script of the user's puts its model is its own business
+            self.draft.new["result"] = result
         if not again:
             self.draft.new["trainerStatus"] = {
                 **(self.draft.new.get("trainerStatus") or {}),

@@ -110,6 +110,17 @@ def test_the_users_additions_arrive_and_ours_win() -> None:
     assert "kueue.x-k8s.io/queue-name" not in template["metadata"]["labels"]
 
 
+def test_a_command_of_the_users_runs_in_place_of_our_trainer() -> None:
+    own = {"command": ["python", "train.py"], "args": ["--epochs", "3"]}
+    recipe = dict.fromkeys(("task", "model", "dataset", "output"))
+    job = child(trainer=own, **recipe)
+    assert (container(job)["command"], container(job)["args"]) == (own["command"], own["args"])
+    assert names.ENV_JOB not in env(job)
+    assert names.ENV_PROGRESS_URL in env(job)
+    assert names.ENV_JOB in env(child(trainer=own)), "a recipe that is there is handed on"
+    assert "args" not in container(child())
+
+
 def test_gpus_of_any_vendor_are_counted_once() -> None:
     def job(resources: dict[str, Any]) -> int:
         manifest = {

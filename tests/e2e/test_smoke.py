@@ -1,0 +1,194 @@
+"""The least that must work on a real node: install, train the example, lose the pod, the memory, the operator and the node, go on.
+
+This part runs in continuous integration.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from e2e.world import DATA, RELEASE, ROOT, SYSTEM, World
+from integration.jobs import Jobs, Object, manifest, wait
+
+LABELS = ["negative", "neutral", "positive"]
+EXAMPLE = ROOT / "examples/customer-feedback/finetunejob.yaml"
+
+
+def job(jobs: Jobs, name: str, *, epochs: int = 2, **spec: Any) -> Object:
+    """MiniLM on the example's data in small steps, so that there is a middle to disturb."""
+    return manifest(
+        name,
+        dataset={"uri": f"s3://{DATA}/data", "labels": LABELS, "maxLength": 16},
+        hyperparameters={"epochs": epochs, "batchSize": 16, "learningRate": 1e-4},
+        checkpoint={"everySteps": 10},
+        output={"storageUri": f"s3://{DATA}/{jobs.namespace}/{name}"},
+        **{"trainer": trainer(), **spec},
+    )
+
+
+def trainer(**more: Any) -> Object:
+    return {"envFrom": [{"secretRef": {"name": "s3-credentials"}}], **more}
+
+
+def wait_checkpoint(jobs: Jobs, name: str, beyond: int = 0) -> int:
+    def step() -> int | None:
+        found: int = (jobs.status(name).get("checkpoint") or {}).get("step") or 0
+        return found if found > beyond else None
+
+    found: int = wait(step, f"a checkpoint of {name} beyond step {beyond}", 120)
+    return found
+
+
+def test_the_example_as_it_is_in_the_readme(installed: World, jobs: Jobs, tmp_path: Path) -> None:
+    example = yaml.safe_load(EXAMPLE.read_text())
+    example["spec"]["hyperparameters"] |= {"epochs": 1}  # a machine of two cores
+    example["spec"]["output"]["storageUri"] = f"s3://{DATA}/{jobs.namespace}/model"
+    jobs.apply(example)
+    name = example["metadata"]["name"]
+    seen = wait(lambda: (jobs.status(name).get("trainerStatus") or {}).get("progressPercentage"), "progress", 150)
+    assert 0 < seen <= 100
+    assert "step " in installed.kubectl("-n", jobs.namespace, "logs", f"job/{name}-1").stdout
+    status = jobs.wait_state(name, "Complete", 240)
+    assert status["attempt"] == 1
+    uri = f"s3://{DATA}/{jobs.namespace}/model"
+    assert status["result"]["modelUri"] == f"{uri}/model"
+    events = json.loads(installed.kubectl("-n", jobs.namespace, "get", "events", "-o", "json").stdout)["items"]
+    assert {e["reason"] for e in events if e["involvedObject"]["kind"] == "FineTuneJob"} >= {"Complete"}
+    client = installed.s3()
+    keys = [o["Key"] for o in client.list_objects_v2(Bucket=DATA, Prefix=f"{jobs.namespace}/model/")["Contents"]]
+    assert any(key.endswith("/MANIFEST.json") for key in keys), "no checkpoint in the object store"
+    for key in (key for key in keys if "/model/model/" in key):
+        client.download_file(DATA, key, str(tmp_path / key.rpartition("/")[2]))
+    asked = [sys.executable, "-m", "finetune_cli", "predict", "--model", str(tmp_path), "Nobody answers my emails.", "-o", "json"]
+    answered = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+    assert answered[0]["label"] in LABELS
+
+
+def test_suspended_in_the_middle_it_goes_on_from_its_checkpoint(jobs: Jobs) -> None:
+    jobs.apply(job(jobs, "paused", epochs=3))
+    saved = wait_checkpoint(jobs, "paused")
+    jobs.patch("paused", {"suspend": True})
+    saved = max(saved, jobs.wait_state("paused", "Suspended", 90)["checkpoint"]["step"])
+    wait(lambda: not jobs.list("pods"), "no pods while it is suspended", 60)
+    jobs.patch("paused", {"suspend": False})
+    status = jobs.wait_state("paused", "Complete", 180)
+    assert status["resumedFrom"]["step"] >= saved
+    assert status["restarts"] == 0
+
+
+def test_a_deleted_pod_is_a_restart_from_the_checkpoint(installed: World, jobs: Jobs) -> None:
+    jobs.apply(job(jobs, "deleted", epochs=3))
+    saved = wait_checkpoint(jobs, "deleted")
+    installed.kubectl("-n", jobs.namespace, "delete", "pod", jobs.wait_pod("deleted-1"), "--wait=false")
+    status = jobs.wait_state("deleted", "Complete", 240)
+    assert (status["attempt"], status["restarts"]) == (2, 1)
+    assert status["resumedFrom"]["step"] >= saved
+
+
+def test_out_of_memory_is_told(jobs: Jobs) -> None:
+    limits = {"requests": {"memory": "150Mi"}, "limits": {"memory": "150Mi"}}  # importing torch takes more
+    jobs.apply(job(jobs, "small", failurePolicy={"maxRestarts": 1}, trainer=trainer(resourcesPerNode=limits)))
+    status = jobs.wait_state("small", "Failed", 180)
+    failed = jobs.condition("small", "Failed")
+    assert failed["reason"] == "OOMKilled", failed
+    assert status["restartsCountTowardsMax"] == 1
+
+
+def test_training_survives_the_operators_pod_and_an_upgrade_of_the_chart(installed: World, jobs: Jobs) -> None:
+    jobs.apply(job(jobs, "calm", epochs=4))
+    wait_checkpoint(jobs, "calm")
+    installed.kubectl("-n", SYSTEM, "delete", "pod", "-l", "app.kubernetes.io/instance=" + RELEASE, "--grace-period=0", "--force")
+    changed = [*installed.values(), "--set=log.format=json", "--wait", "--timeout=150s"]
+    installed.helm("upgrade", RELEASE, str(ROOT / "charts/finetune-operator"), *changed)
+    status = jobs.wait_state("calm", "Complete", 240)
+    assert (status["attempt"], status["restarts"]) == (1, 0)
+    assert [j["metadata"]["name"] for j in jobs.list("jobs")] == ["calm-1"]
+    assert installed.operator_logs().lstrip().startswith("{")
+
+
+def test_a_drained_node_is_a_disruption(installed: World, jobs: Jobs) -> None:
+    jobs.apply(job(jobs, "moved", epochs=3))
+    saved = wait_checkpoint(jobs, "moved")
+    node = jobs.get(jobs.wait_pod("moved-1"), "pod")["spec"]["nodeName"]
+    try:
+        installed.kubectl(
+            "drain", node, "--delete-emptydir-data", "--force", "--ignore-daemonsets", "--timeout=120s", timeout=150
+        )
+    finally:
+        installed.kubectl("uncordon", node)
+    status = jobs.wait_state("moved", "Complete", 240)
+    assert (status["restarts"], status.get("restartsCountTowardsMax", 0)) == (1, 0)
+    assert status["resumedFrom"]["step"] >= saved
+
+
+HOSTILE = r"""
+import json, os, ssl, urllib.error, urllib.request
+def ask(url, token=None, body=None, ca=None):
+    context = ssl.create_default_context(cafile=ca) if ca else ssl._create_unverified_context()
+    request = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None)
+    if token:
+        request.add_header("Authorization", "Bearer " + token)
+    try:
+        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError as error:
+        return type(error).__name__
+progress, ca = os.environ["KUBEFLOW_TRAINER_SERVER_URL"], os.environ["KUBEFLOW_TRAINER_SERVER_CA_CERT"]
+token = open(os.environ["KUBEFLOW_TRAINER_SERVER_TOKEN"]).read()
+body = {"trainerStatus": {"progressPercentage": 1, "metrics": []}}
+api = "https://kubernetes.default.svc/api/v1/namespaces/" + os.environ["FINETUNE_NAMESPACE"]
+head, _, tail = progress.partition("/finetunejobs/")
+print(json.dumps({
+    "account token": os.path.exists("/var/run/secrets/kubernetes.io/serviceaccount/token"),
+    "secrets": ask(api + "/secrets"), "pods": ask(api + "/pods"), "secrets with the token": ask(api + "/secrets", token),
+    "jobs with the token": ask("https://kubernetes.default.svc/apis/finetune.dev/v1alpha1/finetunejobs", token),
+    "own": ask(progress, token, body, ca), "without a token": ask(progress, None, body, ca),
+    "another job": ask(head + "/finetunejobs/other/attempts/1/progress", token, body, ca),
+    "another attempt": ask(progress.replace("/attempts/1/", "/attempts/7/"), token, body, ca),
+    "another namespace": ask(progress.replace("/namespaces/" + os.environ["FINETUNE_NAMESPACE"], "/namespaces/default"), token, body, ca),
+    "kubelet": ask("https://" + os.environ["NODE"] + ":10250/pods"),
+    "uid": os.getuid(), "root is writable": os.access("/", os.W_OK) or os.access("/opt/finetune", os.W_OK),
+}))
+"""
+
+
+def test_what_a_hostile_trainer_pod_reaches(installed: World, jobs: Jobs) -> None:
+    node = {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "status.hostIP"}}}
+    jobs.apply(job(jobs, "other", epochs=50), job(jobs, "hostile", epochs=50, trainer=trainer(env=[node])))
+    pod = jobs.wait_pod("hostile-1")
+    jobs.wait_pod("other-1")
+    jobs.wait_state("hostile", "Running", 60)
+    jobs.wait_state("other", "Running", 60)
+    said = installed.kubectl("-n", jobs.namespace, "exec", "-i", pod, "--", "python", "-", stdin=HOSTILE).stdout
+    reached = json.loads(said)
+    assert reached.pop("own") == 200
+    assert reached.pop("uid") != 0
+    assert reached == {
+        "account token": False,
+        "secrets": 403,  # as system:anonymous
+        "pods": 403,
+        "secrets with the token": 401,  # its audience is the operator's, not the API server's
+        "jobs with the token": 401,
+        "without a token": 401,
+        "another job": 403,
+        "another attempt": 403,
+        "another namespace": 403,
+        "kubelet": 401,
+        "root is writable": False,
+    }
+
+
+@pytest.mark.parametrize(("field", "value", "says"), [("learningRate", -1, "learningRate"), ("batchSize", 0, "batchSize")])
+def test_a_mistake_is_refused_by_the_api_server(installed: World, jobs: Jobs, field: str, value: float, says: str) -> None:
+    wrong = job(jobs, "wrong")
+    wrong["spec"]["hyperparameters"][field] = value
+    done = installed.kubectl("-n", jobs.namespace, "apply", "-f", "-", stdin=yaml.safe_dump(wrong), check=False)
+    assert done.returncode != 0
+    assert says in done.stderr

@@ -1,0 +1,135 @@
+"""Where the e2e tests run: the node in this sandbox (`make e2e`), or a cluster of yours (`make e2e KUBECONFIG=...`).
+
+A cluster of yours must be able to pull OPERATOR_IMAGE and TRAINER_IMAGE, and AWS_ENDPOINT_URL with its credentials must be an object store
+that this machine and its pods reach.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config
+
+from testcluster import S3Server, binaries, images, sandbox
+from testcluster.cluster import Cluster
+from testcluster.node import ADDRESS, Node
+
+ROOT = Path(__file__).parents[2]
+SYSTEM = "finetune-system"
+RELEASE = "finetune-operator"
+MODELS, DATA = "finetune-e2e-models", "customer-feedback"
+RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
+
+
+@dataclass
+class World:
+    """One cluster with an object store, and the names of the images to test."""
+
+    kubeconfig: Path
+    aws: dict[str, str]
+    operator_image: str
+    trainer_image: str
+    node: Node | None = None
+    programs: dict[str, Path] = field(default_factory=lambda: binaries.ensure(["kubectl", "helm"]))
+
+    @property
+    def cluster(self) -> Cluster:
+        """For helpers that only call its kubectl."""
+        return self  # type: ignore[return-value]
+
+    def kubectl(
+        self, *words: str, stdin: str | None = None, check: bool = True, timeout: float = 120
+    ) -> "subprocess.CompletedProcess[str]":
+        """As admin; a failure raises with kubectl's words."""
+        return self._run("kubectl", *words, stdin=stdin, check=check, timeout=timeout)
+
+    def helm(self, *words: str, check: bool = True, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
+        """Real Helm, in the operator's namespace."""
+        return self._run("helm", f"--namespace={SYSTEM}", *words, check=check, timeout=timeout)
+
+    def _run(
+        self, program: str, *words: str, stdin: str | None = None, check: bool = True, timeout: float = 120
+    ) -> "subprocess.CompletedProcess[str]":
+        command = [str(self.programs[program]), f"--kubeconfig={self.kubeconfig}", *words]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+        if check and done.returncode != 0:
+            raise AssertionError(f"{program} {' '.join(words)} ended with {done.returncode}: {done.stdout}{done.stderr}")
+        return done
+
+    def s3(self) -> Any:
+        """A boto3 client of the object store."""
+        keys = {
+            "aws_access_key_id": "AWS_ACCESS_KEY_ID",
+            "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY",
+            "region_name": "AWS_REGION",
+        }
+        known = {argument: self.aws[name] for argument, name in keys.items()}
+        return boto3.client(
+            "s3", endpoint_url=self.aws["AWS_ENDPOINT_URL"], config=Config(s3={"addressing_style": "path"}), **known
+        )
+
+    def values(self) -> list[str]:
+        """The chart's values for these images."""
+        repository, _, tag = self.operator_image.rpartition(":")
+        return [
+            f"--set=image.repository={repository}",
+            f"--set=image.tag={tag}",
+            f"--set=trainer.image={self.trainer_image}",
+            f"--set=trainer.modelMirror=s3://{MODELS}",
+        ]
+
+    def operator_logs(self) -> str:
+        """Of the pods that run now."""
+        return self.kubectl("-n", SYSTEM, "logs", f"deployment/{RELEASE}", "--tail=-1", check=False).stdout
+
+    def fill(self) -> None:
+        """Buckets with the pretrained model as a mirror and the example's data."""
+        fetched = subprocess.run([sys.executable, ROOT / "hack/minilm.py"], stdout=subprocess.PIPE, text=True, check=True)
+        mirror, client = Path(fetched.stdout.strip()), self.s3()
+        for bucket in (MODELS, DATA):
+            with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket=bucket)
+        for file in (path for path in mirror.rglob("*") if path.is_file()):
+            client.upload_file(str(file), MODELS, str(file.relative_to(mirror)))
+        for file in (ROOT / "examples/customer-feedback/data").glob("*.csv"):
+            client.upload_file(str(file), DATA, f"data/{file.name}")
+
+    def namespace(self, name: str) -> str:
+        """A namespace for jobs that enforces the restricted Pod Security Standard, with the credentials' Secret."""
+        self.kubectl("create", "namespace", name)
+        self.kubectl("label", "namespace", name, RESTRICTED)
+        literals = [f"--from-literal={key}={value}" for key, value in self.aws.items()]
+        self.kubectl("-n", name, "create", "secret", "generic", "s3-credentials", *literals)
+        return name
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """The cluster that the environment asks for."""
+    if kubeconfig := os.environ.get("KUBECONFIG"):
+        aws = {
+            name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+        }
+        yield World(Path(kubeconfig), aws, os.environ["OPERATOR_IMAGE"], os.environ["TRAINER_IMAGE"])
+        return
+    if not sandbox.inside():
+        raise RuntimeError("run `make e2e`: it starts these tests in a sandbox with a node of their own")
+    with Node(audit=True) as node, S3Server(host=ADDRESS) as s3:
+        images.load(node)
+        made = World(node.cluster.kubeconfig, s3.environment(), images.name_of("operator"), images.name_of("trainer"), node)
+        try:
+            yield made
+        finally:
+            print(f"--- operator\n{made.operator_logs()[-4000:]}")
+
+
+def as_json(text: str) -> Any:
+    """What `-o json` printed."""
+    return json.loads(text)
