@@ -33,3 +33,9 @@ def jobs(installed: World) -> Iterator[Jobs]:
     name = installed.namespace("e2e-" + "".join(random.choices(string.ascii_lowercase, k=6)))
     yield Jobs(installed.cluster, name)
     installed.kubectl("delete", "namespace", name, "--wait=false", check=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test waits for the node and its images."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(1200))

@@ -110,7 +110,7 @@ def _make_bases() -> None:
     container = _buildah("", "from", "scratch").strip()
     _buildah("", "add", "-q", container, str(root), "/")
     _buildah("", "commit", "-q", container, _BASE)
-    _buildah("", "config", '--entrypoint=["sleep", "infinity"]', container)
+    _buildah("", "config", '--entrypoint=["/bin/sleep", "infinity"]', container)
     _buildah("", "commit", "-q", "--rm", container, PAUSE_IMAGE)
     shutil.rmtree(root)
     container = _buildah("", "from", "--pull-never", _BASE).strip()

@@ -25,7 +25,7 @@ ADDRESS = "10.79.0.1"
 _PODS, _DNS_DOMAIN = "10.77.0.0/16", "cluster.local"
 _GPUS = "8"
 _READY_SECONDS = 90.0
-PAUSE_IMAGE = "localhost/finetune-pause:1"
+PAUSE_IMAGE = "localhost/finetune-pause:2"
 
 
 class Node:

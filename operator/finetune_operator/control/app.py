@@ -120,6 +120,8 @@ async def _until_stopped(
             standalone=True,
             stop_flag=stop,
             ready_flag=ready,
+            # kopf would ask for the name of the user, and a uid that the platform made up has none.
+            identity="finetune-operator",  # type: ignore[arg-type]
         ),
         name="watching",
     )

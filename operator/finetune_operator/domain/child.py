@@ -159,6 +159,8 @@ def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
         names.ENV_PROGRESS_TOKEN: TOKEN_FILE,
         # Everything that libraries cache goes to the writable volume: the root file system is read-only.
         "HOME": names.WORKDIR,
+        # A uid that the platform made up has no name, and libraries ask for one.
+        "USER": "finetune",
         "HF_HOME": f"{names.CACHE_DIR}/huggingface",
         "XDG_CACHE_HOME": names.CACHE_DIR,
         "TORCHINDUCTOR_CACHE_DIR": f"{names.CACHE_DIR}/inductor",
