@@ -58,7 +58,10 @@ def test_the_example_as_it_is_in_the_readme(installed: World, jobs: Jobs, tmp_pa
     uri = f"s3://{DATA}/{jobs.namespace}/model"
     assert status["result"]["modelUri"] == f"{uri}/model"
     events = json.loads(installed.kubectl("-n", jobs.namespace, "get", "events", "-o", "json").stdout)["items"]
-    assert {e["reason"] for e in events if e["involvedObject"]["kind"] == "FineTuneJob"} >= {"Complete"}
+    assert {e["reason"] for e in events if e["involvedObject"]["kind"] == "FineTuneJob"} >= {"AttemptCreated", "Trained"}
+    operators = json.loads(installed.kubectl("-n", SYSTEM, "get", "pods", "-o", "json").stdout)["items"]
+    assert [c["restartCount"] for pod in operators for c in pod["status"]["containerStatuses"]] == [0], installed.operator_logs()
+    assert "Traceback" not in installed.operator_logs()
     client = installed.s3()
     keys = [o["Key"] for o in client.list_objects_v2(Bucket=DATA, Prefix=f"{jobs.namespace}/model/")["Contents"]]
     assert any(key.endswith("/MANIFEST.json") for key in keys), "no checkpoint in the object store"

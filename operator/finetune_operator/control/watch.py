@@ -44,7 +44,8 @@ def build_registry(queue: WorkQueue[Key], reconciler: Reconciler, configuration:
             server=configuration.host,
             ca_path=configuration.ssl_ca_cert,
             insecure=not configuration.verify_ssl,
-            token=token.removeprefix("Bearer ") if token else None,
+            # "Bearer TOKEN" of a kubeconfig, "bearer TOKEN" of a pod's ServiceAccount.
+            token=token.rpartition(" ")[2] if token else None,
             certificate_path=configuration.cert_file,
             private_key_path=configuration.key_file,
         )
