@@ -58,7 +58,9 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001  (the last line of defence: told to the operator, and the traceback to the log)
         traceback.print_exc()
         end = _unexpected(error)
-    write_end(runtime, end)
+    # Of several processes in one pod the first one speaks; another one only where it fails.
+    if end.outcome is Outcome.FAILED or os.environ.get("LOCAL_RANK", "0") == "0":
+        write_end(runtime, end)
     if end.outcome in (Outcome.COMPLETE, Outcome.ALREADY_COMPLETED):
         return 0
     sys.stderr.write(f"{end.reason}: {end.message}\n")

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from finetune_api.finetunejob import MetricValue
 from finetune_trainer import metrics
 from finetune_trainer.data import Encoded, collate
+from finetune_trainer.dist import ALONE, Group
 
 if TYPE_CHECKING:
     import torch
@@ -32,29 +33,30 @@ class Evaluated:
         return metrics.per_class(self.matrix, labels)
 
 
-def logits(model: "PreTrainedModel", encoded: Encoded, pad: int, device: "torch.device") -> npt.NDArray[np.float32]:
-    """Logits, shape (rows, labels), in row order; batches are formed by length. Leaves the model in eval mode."""
+def logits(
+    model: "PreTrainedModel", encoded: Encoded, pad: int, device: "torch.device", group: Group = ALONE
+) -> npt.NDArray[np.float32]:
+    """Logits, shape (rows, labels), in row order; batches are formed by length and shared out. Leaves the model in eval mode."""
     import torch
 
     model.eval()
-    order = np.argsort(encoded.lengths, kind="stable")
-    out: npt.NDArray[np.float32] | None = None
-    with torch.inference_mode():
-        for start in range(0, len(order), BATCH_SIZE):
-            rows = order[start : start + BATCH_SIZE]
-            batch = collate(encoded, rows, pad, device)
-            values = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float().cpu().numpy()
-            if out is None:
-                out = np.zeros((len(order), values.shape[1]), dtype=np.float32)
-            out[rows] = values
-    if out is None:
+    if not len(encoded):
         raise ValueError("there is nothing to evaluate")
-    return out
+    mine = group.share(np.argsort(encoded.lengths, kind="stable"))
+    out = torch.zeros(len(encoded), model.config.num_labels)
+    with torch.inference_mode():
+        for start in range(0, len(mine), BATCH_SIZE):
+            rows = mine[start : start + BATCH_SIZE]
+            batch = collate(encoded, rows, pad, device)
+            values = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            out[torch.from_numpy(rows)] = values.float().cpu()
+    scores: npt.NDArray[np.float32] = group.sum(out).numpy()  # each row is one process's, and 0 at the others
+    return scores
 
 
-def evaluate(model: "PreTrainedModel", encoded: Encoded, pad: int, device: "torch.device") -> Evaluated:
+def evaluate(model: "PreTrainedModel", encoded: Encoded, pad: int, device: "torch.device", group: Group = ALONE) -> Evaluated:
     """Metrics of the model on a split, with the mean cross entropy as loss."""
-    scores = logits(model, encoded, pad, device).astype(np.float64)
+    scores = logits(model, encoded, pad, device, group).astype(np.float64)
     top = scores.max(axis=1, keepdims=True)
     log_sum = top[:, 0] + np.log(np.exp(scores - top).sum(axis=1))
     loss = float(np.mean(log_sum - scores[np.arange(len(scores)), encoded.labels]))

@@ -2,6 +2,8 @@
 
 A run that is cut off anywhere and goes on from a checkpoint does the same arithmetic as one that was never cut off: batches are a
 pure function of (seed, epoch), the learning rate is one of the step, and dropout's random state is part of the checkpoint.
+
+Several processes (dist.py) share each global batch out; every process takes the same step with the same gradient.
 """
 
 import json
@@ -20,6 +22,7 @@ from finetune_api import Recipe
 from finetune_trainer import optim
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.data import Encoded, collate, plan
+from finetune_trainer.dist import ALONE, Group
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.evaluation import Evaluated, evaluate
 
@@ -57,6 +60,7 @@ class Loop:
     on_step: Callable[[float, float], None]
     on_evaluation: Callable[[Evaluated], None]
     on_commit: Callable[[Checkpoint], None]
+    group: Group = ALONE
     state: TrainState = field(default_factory=TrainState)
     resumed: Path | None = None
 
@@ -68,7 +72,10 @@ class Loop:
         self.steps_per_epoch = math.ceil(len(self.train_data) / hyper.batch_size)
         self.total_steps = self.steps_per_epoch * hyper.epochs
         self._advice = f"lower hyperparameters.learningRate (it is {self.rate:g}) or maxGradNorm, or look for broken rows"
-        self._loss: torch.Tensor | None = None
+        # The last step's loss, and how many processes were asked to end.
+        self._told: torch.Tensor | None = None
+        self._ending = False
+        self._wrapped = self.group.wrap(self.model)
         if self.resumed is not None:
             self._restore(self.resumed)
 
@@ -94,22 +101,31 @@ class Loop:
             rate = self.rate * optim.factor(self.recipe.hyperparameters.schedule, self.state.step, self.total_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            batch = collate(self.train_data, rows, self.pad, self.device)
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            # Summed loss over a global denominator: the gradient does not depend on how a batch is cut up.
-            loss = cross_entropy(logits.float(), batch["labels"], reduction="sum") / len(rows)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._backward(rows)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.hyperparameters.max_grad_norm)
             self.optimizer.step()
             self._read_loss()  # of the step before: waiting for this one would stall an accelerator
             # A gradient that is not finite spoils the weights of this very step, whose loss was fine.
-            self._loss = torch.where(torch.isfinite(norm), loss.detach(), norm)
+            self._told = self.group.sum(torch.stack([loss, torch.full_like(loss, self.stopping.is_set())]))
+            self._told[0] = torch.where(torch.isfinite(norm), self._told[0], norm)
             self._advance(len(rows))
             self.on_step(self._shown_loss, rate)
             self._maybe_evaluate_and_save()
             if self.finished:
                 return
+
+    def _backward(self, rows: Any) -> torch.Tensor:
+        """Gradients of the global batch; this process's part of its loss."""
+        mine = self.group.share(rows)
+        batch = collate(self.train_data, mine if len(mine) else rows[:1], self.pad, self.device)
+        logits = self._wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        # Summed loss over a global denominator: the gradient does not depend on how a batch is cut up. Without a row of its own a
+        # process takes part with one that counts nothing.
+        loss = cross_entropy(logits.float(), batch["labels"], reduction="sum") * (len(mine) > 0) / len(rows)
+        # What comes back is a mean over the processes.
+        (loss * self.group.size).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def _advance(self, rows: int) -> None:
         state = self.state
@@ -122,9 +138,10 @@ class Loop:
     _shown_loss = float("nan")
 
     def _read_loss(self) -> None:
-        if self._loss is None:
+        if self._told is None:
             return
-        value, self._loss = float(self._loss), None
+        (value, asked), self._told = self._told.tolist(), None
+        self._ending = self._ending or asked > 0
         if not math.isfinite(value):
             raise TrainingFailure("NonFiniteLoss", f"the loss became {value} near step {self.state.step}: {self._advice}")
         self._shown_loss = value
@@ -140,18 +157,27 @@ class Loop:
         improved = self._evaluate() if due or last else False
         every = self.recipe.checkpoint.every_steps
         save = (state.step % every == 0) if every is not None else (due or last)
-        if save or improved or self.stopping.is_set():
-            self._read_loss()  # nothing is saved before its loss is known to be finite
-            self.checkpoints.save(state.step, self._stage, self.on_commit)
-        if self.stopping.is_set():
+        if self.group.size == 1:
+            self._ending = self.stopping.is_set()  # else all processes must have heard the same
+        if save or improved or self._ending:
+            self._save()
+        if self._ending:
             self.checkpoints.wait()
             raise TrainingFailure("Interrupted", f"asked to end; step {state.step} is saved")
+
+    def _save(self) -> None:
+        self._read_loss()  # nothing is saved before its loss is known to be finite
+        random = {"cpu": self.group.collect(torch.get_rng_state())}
+        if self.device.type == "cuda":
+            random["cuda"] = self.group.collect(torch.cuda.get_rng_state(self.device))
+        if self.group.leads:
+            self.checkpoints.save(self.state.step, lambda folder: self._stage(folder, random), self.on_commit)
 
     def _evaluate(self) -> bool:
         """Scores the model on the validation data; whether it is the best so far."""
         self._read_loss()
         state, metric = self.state, self.recipe.evaluation.best_metric
-        scores = evaluate(self.model, self.validation_data, self.pad, self.device)
+        scores = evaluate(self.model, self.validation_data, self.pad, self.device, self.group)
         named = [m.model_dump(by_alias=True) for m in scores.named("validation")]
         state.evaluations.append({"examples": state.examples, "step": state.step, "metrics": named})
         if not math.isfinite(scores.values["loss"]):
@@ -168,16 +194,14 @@ class Loop:
         self.on_evaluation(scores)
         return improved
 
-    def _stage(self, folder: Path) -> None:
+    def _stage(self, folder: Path, random: dict[str, list[torch.Tensor]]) -> None:
         self.save_model(self.model, folder / "model")
         trainer = folder / "trainer"
         trainer.mkdir(parents=True, exist_ok=True)
         flat = {f"{i}.{k}": v for i, s in self.optimizer.state_dict()["state"].items() for k, v in s.items()}
         save_file({k: v.contiguous() for k, v in flat.items()}, trainer / "optimizer.safetensors")
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        save_file(random, trainer / "random.safetensors")
+        by_rank = {f"{kind}.{rank}": state for kind, states in random.items() for rank, state in enumerate(states)}
+        save_file(by_rank, trainer / "random.safetensors")
         (trainer / "state.json").write_text(json.dumps(asdict(self.state)))
 
     def _restore(self, folder: Path) -> None:
@@ -190,6 +214,8 @@ class Loop:
             state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         random = load_file(folder / "trainer/random.safetensors")
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random and self.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], self.device)
+        # A process that was not there when this was saved keeps the state that its seed gave it.
+        if (cpu := random.get(f"cpu.{self.group.rank}")) is not None:
+            torch.set_rng_state(cpu)
+        if (cuda := random.get(f"cuda.{self.group.rank}")) is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.device)

@@ -3,9 +3,10 @@
 The cheap checks come first, so that a wrong bucket or a wrong column is told in seconds, before a model is loaded.
 """
 
+import io
 import json
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
 from finetune_trainer import data, model
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
+from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.progress import Poster
 from finetune_trainer.report import Console, EventFiles, trainer_status
@@ -45,8 +47,12 @@ class Run:
         """Trains, or finds that it is done already. Raises TrainingFailure."""
         self.output = open_store(self.recipe.output.storage_uri, self.runtime.s3_root)
         self.output.check(writable=True)
-        if (done := self._already_done()) is not None:
-            return done
+        self.group = Group.join()
+        if not self.group.leads:
+            self._follow()
+        done = self._already_done() if self.group.leads else None
+        if self.group.tell(done is not None):
+            return done or EndReport(outcome=Outcome.ALREADY_COMPLETED)
         splits = self._read_data()
         self._may_go_on()
         poster = Poster(self.runtime, self.console.line)
@@ -54,6 +60,12 @@ class Run:
             return self._train(splits, poster)
         finally:
             poster.close()
+
+    def _follow(self) -> None:
+        """One of several processes, and not the one that speaks: its files are its own, its lines nobody's."""
+        own = self.runtime.workdir / f"rank-{self.group.rank}"
+        self.runtime = replace(self.runtime, workdir=own, progress_url=None)
+        self.console = Console(io.StringIO())
 
     # ------------------------------------------------------------------------------------------------------- check -----
     def _already_done(self) -> EndReport | None:
@@ -100,25 +112,45 @@ class Run:
             log=self.console.line,
         )
         checkpoints.store.check(writable=True)
-        restored = checkpoints.restore()
+        restored = self._restore(checkpoints)
         source = restored[1] / "model" if restored else model.fetch(recipe.model.uri, self.runtime)
         tokenizer = model.load_tokenizer(source, recipe.model.uri)
         encoded = {name: data.encode(examples, tokenizer, recipe.dataset.max_length) for name, examples in splits.items()}
         self._tell_truncation(encoded)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(recipe.hyperparameters.seed)
-        classifier = model.build(source, recipe, tokenizer).to(device)
+        classifier = model.build(source, recipe, tokenizer).to(self.group.device())
+        if not self.group.leads:
+            torch.manual_seed(recipe.hyperparameters.seed + self.group.rank)  # the same weights, other dropout
         self._may_go_on()
-        checkpoints.begin(restored[0].step if restored else 0)
+        if self.group.leads:
+            checkpoints.begin(restored[0].step if restored else 0)
+        checkpoints.execution = self.group.tell(checkpoints.execution)
         events = EventFiles(scratch / "logs" / f"{checkpoints.execution:04d}")
         loop = self._loop(classifier, tokenizer, encoded, checkpoints, events, poster, restored)
         try:
             loop.train()
+            if not self.group.leads:
+                return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
             best = self._best(loop, checkpoints, tokenizer)
             return self._publish(best, loop, encoded, tokenizer, events)
         finally:
             events.close()
-            self._upload_logs(events.folder, checkpoints.execution)
+            if self.group.leads:
+                self._upload_logs(events.folder, checkpoints.execution)
+
+    def _restore(self, checkpoints: Checkpoints) -> tuple[Checkpoint, Path] | None:
+        """The newest checkpoint that verifies, the same one at every process."""
+        restored = checkpoints.restore() if self.group.leads else None
+        chosen = self.group.tell(restored[0].name if restored else None)
+        if self.group.leads or chosen is None:
+            return restored
+        checkpoint = next((c for c in checkpoints.committed() if c.name == chosen), None)
+        folder = checkpoints.fetch(checkpoint) if checkpoint else None
+        if checkpoint is None or folder is None:
+            raise TrainingFailure(
+                "CheckpointCorrupt", f"{checkpoints.store.uri}/{chosen} cannot be read by process {self.group.rank}"
+            )
+        return checkpoint, folder
 
     def _tell_truncation(self, encoded: dict[str, data.Encoded]) -> None:
         cut, rows = sum(e.truncated for e in encoded.values()), sum(len(e) for e in encoded.values())
@@ -180,6 +212,7 @@ class Run:
             on_step=on_step,
             on_evaluation=on_evaluation,
             on_commit=on_commit,
+            group=self.group,
             resumed=restored[1] if restored else None,
         )
         if restored:
@@ -230,7 +263,12 @@ class Run:
             recipe_digest=self.recipe.digest(),
             result=result,
             recipe=self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
-            resolved={"learningRate": loop.rate, "steps": loop.total_steps, "device": loop.device.type},
+            resolved={
+                "learningRate": loop.rate,
+                "steps": loop.total_steps,
+                "device": loop.device.type,
+                "processes": self.group.size,
+            },
             evaluations=[Evaluation.model_validate(e) for e in loop.state.evaluations],
             per_class={split: score.per_class(self.recipe.dataset.labels) for split, score in scores.items()},
             steps=loop.state.step,

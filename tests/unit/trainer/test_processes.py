@@ -1,0 +1,125 @@
+"""Several processes are one training: torchrun's processes on gloo, against the run of one process.
+
+Dropout is off: each process draws its own, so that only without it the numbers can agree.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from finetune_api import names
+from finetune_trainer.dist import Group
+from support.models import tiny_classifier, write_split
+from testcluster.processes import free_port
+
+NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "classifier": 0.0}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("processes")
+    for split, rows in (("train", 67), ("validation", 21)):  # the last batch has 3 rows, the split an odd number
+        write_split(folder / f"{split}.csv", rows, seed=rows)
+    return {
+        "task": "SequenceClassification",
+        "model": {"uri": f"file://{tiny_classifier(folder / 'model')}"},
+        "dataset": {"uri": f"file://{folder}", "labels": ["negative", "neutral", "positive"], "maxLength": 16},
+        "hyperparameters": {"epochs": 2, "batchSize": 8, "learningRate": 1e-3, "dropout": NO_DROPOUT},
+        "checkpoint": {"everySteps": 1, "keepLast": 100},
+    }
+
+
+class Training:
+    """One training in a folder, by one or more processes."""
+
+    def __init__(self, recipe: dict[str, object], folder: Path, processes: int) -> None:
+        self.output, self.work = folder / "out", folder / "work"
+        self.log = folder / "termination-log"
+        job = {**recipe, "output": {"storageUri": f"file://{self.output}"}}
+        self.env = {
+            **os.environ,
+            names.ENV_JOB: json.dumps(job),
+            names.ENV_WORKDIR: str(self.work),
+            names.ENV_TERMINATION_LOG: str(self.log),
+            "OMP_NUM_THREADS": "1",
+        }
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}", "--module"]
+        self.command = [sys.executable, *(torchrun if processes > 1 else ["-m"]), "finetune_trainer"]
+
+    def start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(self.command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(self) -> dict[str, object]:
+        process = self.start()
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+        found: dict[str, object] = json.loads((self.output / "result.json").read_text())
+        return found
+
+    def first_gradient(self) -> dict[str, torch.Tensor]:
+        """AdamW's first moment after one step from zero is the gradient times 1 - beta1."""
+        saved = load_file(next(self.output.glob("checkpoints/step-00000001-*")) / "trainer/optimizer.safetensors")
+        return {name: value for name, value in saved.items() if name.endswith("exp_avg")}
+
+    def losses(self) -> list[float]:
+        events = EventAccumulator(str(next((self.output / "logs").iterdir())))
+        events.Reload()
+        return [event.value for event in events.Scalars("train/loss")]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.output / "model/model.safetensors")
+
+
+def test_two_and_three_processes_learn_what_one_does(recipe: dict[str, object], tmp_path: Path) -> None:
+    one = Training(recipe, tmp_path / "1", 1)
+    alone = one.run()
+    for processes in (2, 3):  # 3 rows in the last batch of an epoch; with 3 processes 8 rows do not divide
+        several = Training(recipe, tmp_path / str(processes), processes)
+        together = several.run()
+        assert together["resolved"]["processes"] == processes  # type: ignore[index]
+        assert together["steps"] == alone["steps"]
+        for mine, theirs in zip(alone["evaluations"], together["evaluations"], strict=True):  # type: ignore[call-overload]
+            loss, other = (next(float(m["value"]) for m in e["metrics"] if m["name"].endswith("loss")) for e in (mine, theirs))
+            assert other == pytest.approx(loss, rel=1e-4)
+        for name, value in several.first_gradient().items():
+            expected = one.first_gradient()[name]
+            assert torch.linalg.norm(value - expected) <= 1e-6 * torch.linalg.norm(expected), name
+        assert several.losses() == pytest.approx(one.losses(), rel=1e-4)
+        for name, value in several.weights().items():
+            torch.testing.assert_close(value, one.weights()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_asked_to_end_all_end_and_go_on_together(recipe: dict[str, object], tmp_path: Path) -> None:
+    long = {**recipe, "hyperparameters": {**recipe["hyperparameters"], "epochs": 200}}  # type: ignore[dict-item]
+    several = Training(long, tmp_path, 2)
+    process = several.start()
+    deadline = time.monotonic() + 100
+    while not list(several.output.glob("checkpoints/step-*/MANIFEST.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    end = json.loads(several.log.read_text())
+    assert (end["outcome"], end["reason"]) == ("Interrupted", "Interrupted"), said
+    saved = json.loads((Path(end["checkpoint"]["uri"].removeprefix("file://")) / "MANIFEST.json").read_text())
+    assert saved["step"] == end["checkpoint"]["step"]
+    states = load_file(several.output / "checkpoints" / f"step-{saved['step']:08d}-0001" / "trainer/random.safetensors")
+    assert set(states) == {"cpu.0", "cpu.1"}
+
+
+def test_rows_are_shared_out_whole() -> None:
+    rows = list(range(7))
+    shares = [Group(rank, 3).share(rows) for rank in range(3)]
+    assert sorted(row for share in shares for row in share) == rows
+    assert Group(2, 3).share([5, 6]) == []
