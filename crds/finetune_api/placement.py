@@ -268,8 +268,14 @@ class TrainerPlacement(Model):
     """Environment variables, for example AWS_ENDPOINT_URL."""
     env_from: Annotated[list[EnvFromSource], Field(max_length=32)] = []
     """Secrets and ConfigMaps whose keys become environment variables. Credentials belong here, never into the manifest."""
+    num_nodes: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Pods that train together. batchSize stays what it is: they share each batch out."""
+    num_proc_per_node: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Processes in each pod. Default: one for each GPU of the pod, else 1. torchrun starts them where there is more than one
+    in all; a command of yours finds torchrun's settings in PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and
+    PET_MASTER_PORT."""
     resources_per_node: Resources = Resources()
-    """Compute resources of the pod."""
+    """Compute resources of each pod."""
     service_account_name: DnsName | None = None
     """ServiceAccount of the pod, for workload identity. Its token is not mounted."""
     pod_template: PodTemplate = PodTemplate()

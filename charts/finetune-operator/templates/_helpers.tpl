@@ -68,6 +68,9 @@ compares the two. */}}
   resources: [pods]
   verbs: [get, list, watch]
 - apiGroups: [""]
+  resources: [services]
+  verbs: [get, create]
+- apiGroups: [""]
   resources: [events]
   verbs: [create]
 {{- end -}}

@@ -18,7 +18,7 @@ from finetune_operator.domain.outcome import true_condition
 from finetune_operator.domain.status import find_condition, is_finished, is_true, only_progress_differs, stamp
 from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, Event, Object, Observed, Progress, Settings
 from finetune_operator.kube import port
-from finetune_operator.kube.port import CHILDREN, EVENTS, JOBS, PODS, Cluster, merge_patch
+from finetune_operator.kube.port import CHILDREN, EVENTS, JOBS, PODS, SERVICES, Cluster, Resource, merge_patch
 from finetune_operator.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -144,14 +144,21 @@ class Reconciler:
         return decision
 
     async def _create(self, job: Object, action: CreateJob) -> None:
-        namespace, name = job["metadata"]["namespace"], action.manifest["metadata"]["name"]
+        if action.service is not None:
+            await self._create_one(job, SERVICES, action.service)
+        await self._create_one(job, CHILDREN, action.manifest)
+
+    async def _create_one(self, job: Object, resource: Resource, manifest: Object) -> None:
+        namespace, kind, name = job["metadata"]["namespace"], manifest["kind"], manifest["metadata"]["name"]
         try:
-            await self.cluster.create(CHILDREN, namespace, action.manifest)
-            log.info("%s/%s: created Job %s", namespace, job["metadata"]["name"], name)
+            await self.cluster.create(resource, namespace, manifest)
+            log.info("%s/%s: created %s %s", namespace, job["metadata"]["name"], kind, name)
         except port.AlreadyExists as error:
-            existing = await self.cluster.get(CHILDREN, namespace, name)
+            existing = await self.cluster.get(resource, namespace, name)
             if not owned_by(existing, job["metadata"]["uid"]):
-                raise port.Conflict(409, "NameConflict", f"Job {name} belongs to somebody else") from error
+                if resource is SERVICES:  # told like anything else that the API server refuses
+                    raise port.Refused(409, "NameConflict", f"a Service {name} that is not this job's is in the way") from error
+                raise port.Conflict(409, "NameConflict", f"{kind} {name} belongs to somebody else") from error
 
     async def _delete(self, job: Object, action: DeleteJob) -> None:
         namespace = job["metadata"]["namespace"]

@@ -13,6 +13,7 @@ from finetune_operator.domain.types import Object, Settings
 TOKEN_FILE = f"{names.PROGRESS_DIR}/token"
 CA_FILE = f"{names.PROGRESS_DIR}/ca.crt"
 TOKEN_SECONDS = 3600
+MASTER_PORT = 29500
 
 
 def child_name(job_name: str, attempt: int) -> str:
@@ -33,6 +34,50 @@ def gpus_per_pod(job: FineTuneJob) -> int:
     return sum(int(n) for name, n in asked.items() if name.endswith("/gpu") and str(n).isdigit())
 
 
+def processes_per_pod(job: FineTuneJob) -> int:
+    """As given, else one for each GPU."""
+    return job.spec.trainer.num_proc_per_node or max(1, gpus_per_pod(job))
+
+
+def build_service(job: FineTuneJob) -> Object | None:
+    """The headless Service that gives each of several pods a name; None for one pod."""
+    if job.spec.trainer.num_nodes == 1:
+        return None
+    meta = job.metadata
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": service_name(meta["name"]),
+            "namespace": meta["namespace"],
+            "labels": {names.LABEL_MANAGED_BY: names.MANAGER, names.LABEL_JOB: meta["name"]},
+            "ownerReferences": [_owner(meta)],
+        },
+        "spec": {
+            "clusterIP": "None",
+            "selector": {names.LABEL_JOB: meta["name"]},
+            # They look for each other before any of them is ready.
+            "publishNotReadyAddresses": True,
+        },
+    }
+
+
+def service_name(job_name: str) -> str:
+    """Name of the headless Service of a job with several pods."""
+    return f"{job_name}-nodes"
+
+
+def _owner(meta: Object) -> Object:
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND_JOB,
+        "name": meta["name"],
+        "uid": meta["uid"],
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+
+
 def build_child(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
     """The batch/v1 Job of this attempt, ready to be created."""
     meta = job.metadata
@@ -49,22 +94,14 @@ def build_child(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
             "name": child_name(meta["name"], attempt),
             "namespace": meta["namespace"],
             "labels": {**queue, **ours},
-            "ownerReferences": [
-                {
-                    "apiVersion": names.API_VERSION,
-                    "kind": names.KIND_JOB,
-                    "name": meta["name"],
-                    "uid": meta["uid"],
-                    "controller": True,
-                    "blockOwnerDeletion": True,
-                }
-            ],
+            "ownerReferences": [_owner(meta)],
         },
         "spec": {
-            # One attempt is one pod: we decide on restarts, so that disruptions do not use up the user's budget.
+            # No pod of an attempt is replaced: we decide on restarts, so that disruptions do not use up the user's budget.
             "backoffLimit": 0,
-            "completions": 1,
-            "parallelism": 1,
+            "completions": job.spec.trainer.num_nodes,
+            "parallelism": job.spec.trainer.num_nodes,
+            **({"completionMode": "Indexed"} if job.spec.trainer.num_nodes > 1 else {}),
             # A second pod of the same attempt must never overlap the first: it would write the same checkpoints.
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": _failure_rules()},
@@ -104,6 +141,7 @@ def _pod_template(job: FineTuneJob, attempt: int, settings: Settings, labels: di
         "affinity": extra.spec.affinity,
         "priorityClassName": extra.spec.priority_class_name,
         "imagePullSecrets": [{"name": s.name} for s in extra.spec.image_pull_secrets],
+        "subdomain": service_name(job.metadata["name"]) if trainer.num_nodes > 1 else None,
     }
     spec.update({k: v for k, v in optional.items() if v})
     return {
@@ -120,7 +158,7 @@ def _container(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
     container: Object = {
         "name": names.CONTAINER,
         "image": trainer.image or settings.trainer_image,
-        "command": trainer.command or ["python", "-m", "finetune_trainer"],
+        "command": trainer.command or _trainer_command(job),
         **({"args": trainer.args} if trainer.args else {}),
         "env": [*_dump(trainer.env), *_env(job, attempt, settings)],
         "envFrom": _dump(trainer.env_from),
@@ -143,6 +181,34 @@ def _container(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
         ],
     }
     return container
+
+
+def _trainer_command(job: FineTuneJob) -> list[str]:
+    if job.spec.trainer.num_nodes * processes_per_pod(job) == 1:
+        return ["python", "-m", "finetune_trainer"]
+    return ["python", "-m", "torch.distributed.run", "--module", "finetune_trainer"]  # torchrun; the rest is in PET_*
+
+
+def _torchrun(job: FineTuneJob, attempt: int) -> list[Object]:
+    """torchrun's settings; https://docs.pytorch.org/docs/stable/elastic/run.html: each option can be a variable PET_<OPTION>."""
+    nodes, processes = job.spec.trainer.num_nodes, processes_per_pod(job)
+    if nodes * processes == 1:
+        return []
+    values = {
+        "PET_NNODES": str(nodes),
+        "PET_NPROC_PER_NODE": str(processes),
+        "PET_MASTER_PORT": str(MASTER_PORT),
+        "PET_MAX_RESTARTS": "0",
+        # Between SIGTERM and SIGKILL of the processes: the time that they have for saving.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(job.spec.checkpoint.save_deadline_seconds),
+    }
+    if nodes == 1:
+        values |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_NODE_RANK": "0"}
+        return [{"name": k, "value": v} for k, v in values.items()]
+    name = job.metadata["name"]
+    values["PET_MASTER_ADDR"] = f"{child_name(name, attempt)}-0.{service_name(name)}"
+    index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+    return [*({"name": k, "value": v} for k, v in values.items()), {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": index}}]
 
 
 def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
@@ -173,6 +239,7 @@ def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
     if settings.model_mirror:
         values[names.ENV_MODEL_MIRROR] = settings.model_mirror
     env: list[Object] = [{"name": k, "value": v} for k, v in values.items()]
+    env += _torchrun(job, attempt)
     env.append({"name": names.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
     return env
 

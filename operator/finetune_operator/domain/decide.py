@@ -14,7 +14,7 @@ from finetune_api import FineTuneJob, names
 from finetune_api.manifest import ManifestError, parse_job
 from finetune_api.names import Condition, Reason, State
 from finetune_api.report import Outcome
-from finetune_operator.domain.child import build_child, gpus_per_pod, owned_by
+from finetune_operator.domain.child import build_child, build_service, gpus_per_pod, owned_by
 from finetune_operator.domain.outcome import Ended, end_report, ended, parse_time
 from finetune_operator.domain.status import StatusDraft, is_finished, is_true, stamp
 from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Settings
@@ -122,7 +122,7 @@ class _Reconcile:
         if is_true(self.draft.old, Condition.SUSPENDED):
             self.draft.set(Condition.SUSPENDED, False, Reason.RESUMED)
         self.draft.new["jobsStatus"] = [{"name": name, "ready": 0, "active": 0, "succeeded": 0, "failed": 0, "suspended": 0}]
-        self.actions.append(CreateJob(manifest))
+        self.actions.append(CreateJob(manifest, build_service(self.job)))
         self.actions.append(Event("Normal", str(Reason.ATTEMPT_CREATED), f"Created Job {name}."))
         return Decision(self.draft.done(), tuple(self.actions))
 
@@ -150,15 +150,16 @@ class _Reconcile:
         if self._lost_node(pods):
             return self._replace_lost(child)
         self._count_pods(child, pods)
-        running = next((p for p in pods if p.get("status", {}).get("phase") == "Running"), None)
-        if running is None and child.get("spec", {}).get("suspend"):
+        phases = [p.get("status", {}).get("phase") for p in pods]
+        running = phases.count("Running") > 0 and len(pods) >= self.job.spec.trainer.num_nodes and "Pending" not in phases
+        if "Running" not in phases and child.get("spec", {}).get("suspend"):
             if is_true(self.draft.old, Condition.RUNNING):
                 self._leave(None)  # The queue took the node back.
             self.draft.state(State.QUEUED)
             self.draft.set(Condition.RUNNING, False, Reason.WAITING_FOR_QUEUE, "The queue has not admitted the Job.")
-        elif running is not None or is_true(self.draft.old, Condition.RUNNING):
+        elif running or is_true(self.draft.old, Condition.RUNNING):
             self.draft.state(State.RUNNING)
-            self.draft.set(Condition.RUNNING, True, Reason.PODS_RUNNING, "The trainer's pod is running.")
+            self.draft.set(Condition.RUNNING, True, Reason.PODS_RUNNING, "All pods of the trainer are running.")
             self.draft.new.setdefault("startTime", stamp(self.now))
             reported = self.observed.progress and self.observed.progress.attempt == self.draft.new["attempt"]
             if reported or (is_true(self.draft.old, Condition.PROGRESSING)):
@@ -300,7 +301,7 @@ class _Reconcile:
     # ------------------------------------------------------------------------------------------------------ helpers ----
     def _leave(self, over: Ended | None) -> None:
         """The attempt is over: count its time."""
-        self.draft.account(over, gpus_per_pod(self.job))
+        self.draft.account(over, gpus_per_pod(self.job) * self.job.spec.trainer.num_nodes)
         if over and over.started:
             self.draft.new.setdefault("startTime", stamp(over.started))
 

@@ -76,7 +76,7 @@ def end_report(pod: Object) -> EndReport | None:
 
 def ended(child: Object, pods: tuple[Object, ...]) -> Ended | None:
     """How this Job ended, or None while it has not. `pods` are those of this Job."""
-    pod = max(pods, key=lambda p: p["metadata"].get("creationTimestamp") or "", default=None)
+    pod = max(pods, key=_tells, default=None)
     report = end_report(pod) if pod else None
     begun = started_at(pod) if pod else parse_time(child.get("status", {}).get("startTime"))
     if complete := true_condition(child, "Complete"):
@@ -87,6 +87,17 @@ def ended(child: Object, pods: tuple[Object, ...]) -> Ended | None:
         return None
     failure, message = _root_cause(child, failed, pod, report)
     return Ended(failure, message, report, begun, _finished_at(pod) or parse_time(failed.get("lastTransitionTime")))
+
+
+def _tells(pod: Object) -> tuple[int, int, float]:
+    """How much this pod knows about the end, for several pods: one that says why comes before those that only lost their peer, then
+    rank 0, then the one that ended first."""
+    report, state = end_report(pod), terminated(pod) or {}
+    told = report is not None and report.reason not in ("", "Interrupted", "UserCodeError")
+    cause = told or state.get("reason") == "OOMKilled" or true_condition(pod, "DisruptionTarget") is not None
+    index = (pod["metadata"].get("annotations") or {}).get("batch.kubernetes.io/job-completion-index", "0")
+    over = parse_time(state.get("finishedAt"))
+    return 1 if cause else 0, 1 if index == "0" else 0, -over.timestamp() if over else 0.0
 
 
 def _finished_at(pod: Object | None) -> datetime | None:

@@ -60,6 +60,8 @@ class CreateJob:
     """Create this child Job; AlreadyExists is success if our resource owns it, else a name conflict."""
 
     manifest: Object
+    service: Object | None = None
+    """The headless Service under which several pods find each other; made first, once for all attempts."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ JOBS = Resource("finetune.dev", "v1alpha1", "finetunejobs")
 CHILDREN = Resource("batch", "v1", "jobs")
 PODS = Resource("", "v1", "pods")
 EVENTS = Resource("", "v1", "events")
+SERVICES = Resource("", "v1", "services")
 SECRETS = Resource("", "v1", "secrets")
 
 

@@ -139,3 +139,22 @@ def test_gpus_of_any_vendor_are_counted_once() -> None:
 
     assert job({"requests": {"nvidia.com/gpu": 2}, "limits": {"nvidia.com/gpu": "2"}}) == 2
     assert job({"limits": {"amd.com/gpu": 1, "cpu": 4}}) == 1
+
+
+def test_several_pods_train_together() -> None:
+    job = child(trainer={"numNodes": 3, "resourcesPerNode": {"limits": {"nvidia.com/gpu": 2}}})
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"], spec["backoffLimit"]) == ("Indexed", 3, 3, 0)
+    assert pod["subdomain"] == "ft-nodes"
+    assert container(job)["command"][:3] == ["python", "-m", "torch.distributed.run"]
+    told = env(job)
+    assert (told["PET_NNODES"], told["PET_NPROC_PER_NODE"], told["PET_MAX_RESTARTS"]) == ("3", "2", "0")
+    assert told["PET_MASTER_ADDR"] == "ft-3-0.ft-nodes"
+    assert "job-completion-index" in told["PET_NODE_RANK"]["fieldRef"]["fieldPath"]
+    assert not {n for n in env(child()) if n.startswith("PET_")}, "one process needs no torchrun"
+
+
+def test_several_processes_in_one_pod_need_no_service() -> None:
+    job = child(trainer={"numProcPerNode": 2})
+    assert "subdomain" not in job["spec"]["template"]["spec"]
+    assert env(job)["PET_MASTER_ADDR"] == "127.0.0.1"
