@@ -163,13 +163,13 @@ print(json.dumps({
 
 
 def test_what_a_hostile_trainer_pod_reaches(installed: World, jobs: Jobs) -> None:
-    node = {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "status.hostIP"}}}
-    jobs.apply(job(jobs, "other", epochs=50), job(jobs, "hostile", epochs=50, trainer=trainer(env=[node])))
+    jobs.apply(job(jobs, "other", epochs=50), job(jobs, "hostile", epochs=50))
     pod = jobs.wait_pod("hostile-1")
     jobs.wait_pod("other-1")
     jobs.wait_state("hostile", "Running", 60)
     jobs.wait_state("other", "Running", 60)
-    said = installed.kubectl("-n", jobs.namespace, "exec", "-i", pod, "--", "python", "-", stdin=HOSTILE).stdout
+    node = f"NODE={jobs.get(pod, 'pod')['status']['hostIP']}"
+    said = installed.kubectl("-n", jobs.namespace, "exec", "-i", pod, "--", "env", node, "python", "-", stdin=HOSTILE).stdout
     reached = json.loads(said)
     assert reached.pop("own") == 200
     assert reached.pop("uid") != 0

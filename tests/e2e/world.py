@@ -5,7 +5,6 @@ that this machine and its pods reach.
 """
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -128,8 +127,3 @@ def world() -> Iterator[World]:
             yield made
         finally:
             print(f"--- operator\n{made.operator_logs()[-4000:]}")
-
-
-def as_json(text: str) -> Any:
-    """What `-o json` printed."""
-    return json.loads(text)

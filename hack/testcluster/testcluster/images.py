@@ -138,7 +138,7 @@ def _digest(part: str) -> str:
 
 
 def _files(part: str) -> Iterator[Path]:
-    yield from sorted(ROOT.glob("requirements/*.txt"))
+    yield from (ROOT / "requirements" / f"{name}.txt" for name in ("bootstrap", "build", part))
     yield from (ROOT / name for name in (f"Dockerfile.{part}", ".dockerignore", "pyproject.toml", "README.md", "LICENSE"))
     for folder in ("crds/finetune_api", "operator/finetune_operator", "trainer/finetune_trainer", "cli/finetune_cli"):
         yield from sorted(file for file in (ROOT / folder).rglob("*") if file.is_file() and "__pycache__" not in file.parts)

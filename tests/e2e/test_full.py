@@ -1,0 +1,138 @@
+"""What else must work on a real node: several pods that train as one, scripts of users, queues, and rights that are used and enough."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from e2e.test_smoke import job, trainer, wait_checkpoint
+from e2e.world import DATA, SYSTEM, World
+from integration.jobs import Jobs, Object, wait
+
+NO_DROPOUT = {"hidden": 0, "attention": 0, "classifier": 0}
+USERS_SCRIPT = (Path(__file__).parent / "users_script.py").read_text()
+
+
+def losses(world: World, jobs: Jobs, name: str, folder: Path) -> list[float]:
+    """The training's losses, of the TensorBoard files in the object store."""
+    client, prefix = world.s3(), f"{jobs.namespace}/{name}/logs/"
+    folder.mkdir()
+    for item in client.list_objects_v2(Bucket=DATA, Prefix=prefix)["Contents"]:
+        client.download_file(DATA, item["Key"], str(folder / item["Key"].rpartition("/")[2]))
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Path) -> None:
+    def same(name: str, **placement: Any) -> Object:
+        made = job(jobs, name, trainer=trainer(env=[{"name": "OMP_NUM_THREADS", "value": "1"}], **placement))
+        made["spec"]["hyperparameters"] |= {"epochs": 1, "dropout": NO_DROPOUT, "batchSize": 32}
+        return made
+
+    jobs.apply(same("alone"), same("pair", numNodes=2))
+    jobs.wait_state("alone", "Complete", 240)
+    jobs.wait_state("pair", "Complete", 240)
+    pods = [p for p in jobs.list("pods") if p["metadata"]["labels"]["finetune.dev/job"] == "pair"]
+    assert sorted(p["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] for p in pods) == ["0", "1"]
+    one, two = losses(installed, jobs, "alone", tmp_path / "alone"), losses(installed, jobs, "pair", tmp_path / "pair")
+    assert len(one) >= 20
+    assert two[:20] == pytest.approx(one[:20], rel=1e-4)
+    jobs.cluster.kubectl("-n", jobs.namespace, "delete", "ftj", "pair")
+    wait(
+        lambda: not [s for s in jobs.list("services") if s["metadata"]["name"] == "pair-nodes"], "the Service to go with its job"
+    )
+
+
+def test_one_of_two_pods_lost_both_start_anew(installed: World, jobs: Jobs) -> None:
+    jobs.apply(job(jobs, "pair", epochs=3, trainer=trainer(numNodes=2, env=[{"name": "OMP_NUM_THREADS", "value": "1"}])))
+    saved = wait_checkpoint(jobs, "pair")
+    second = next(p["metadata"]["name"] for p in jobs.list("pods") if p["metadata"]["name"].startswith("pair-1-1-"))
+    installed.kubectl("-n", jobs.namespace, "delete", "pod", second, "--wait=false")
+    status = jobs.wait_state("pair", "Complete", 300)
+    assert status["attempt"] == 2
+    assert status["resumedFrom"]["step"] >= saved
+
+
+def test_an_unmodified_hugging_face_trainer_reports_progress(installed: World, jobs: Jobs) -> None:
+    installed.kubectl("-n", jobs.namespace, "create", "configmap", "script", f"--from-literal=train.py={USERS_SCRIPT}")
+    template = {
+        "spec": {
+            "volumes": [{"name": "script", "configMap": {"name": "script"}}],
+            "volumeMounts": [{"name": "script", "mountPath": "/script"}],
+        }
+    }
+    made: Object = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "own"},
+        "spec": {"trainer": {"command": ["python", "/script/train.py"], "podTemplate": template}},
+    }
+    jobs.apply(made)
+    seen = wait(lambda: (jobs.status("own").get("trainerStatus") or {}).get("progressPercentage"), "progress", 150)
+    assert 0 < seen <= 100
+    status = jobs.wait_state("own", "Complete", 150)
+    assert any(m["name"].startswith(("loss", "train")) for m in status["trainerStatus"]["metrics"])
+
+
+def test_a_queue_admits_the_job_as_kueue_does(installed: World, jobs: Jobs) -> None:
+    made = job(jobs, "queued", epochs=1)
+    made["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "team"}
+    jobs.apply(made)
+    child = wait(lambda: next((j for j in jobs.list("jobs") if j["metadata"]["name"] == "queued-1"), None), "the child Job")
+    assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    flip(jobs, "queued-1", suspend=True)
+    jobs.wait_state("queued", "Queued", 60)
+    flip(jobs, "queued-1", suspend=False)
+    jobs.wait_state("queued", "Running", 90)
+    flip(jobs, "queued-1", suspend=True)  # a preemption
+    jobs.wait_state("queued", "Queued", 90)
+    flip(jobs, "queued-1", suspend=False)
+    status = jobs.wait_state("queued", "Complete", 240)
+    assert (status["attempt"], status["restarts"]) == (1, 0)
+
+
+def flip(jobs: Jobs, name: str, *, suspend: bool) -> None:
+    patch = json.dumps({"spec": {"suspend": suspend}})
+    jobs.cluster.kubectl("-n", jobs.namespace, "patch", "job", name, "--type=merge", "-p", patch)
+
+
+def test_the_operators_rights(installed: World) -> None:
+    account = f"--as=system:serviceaccount:{SYSTEM}:finetune-operator"
+    listed = installed.kubectl("auth", "can-i", "--list", account, "-n", "default").stdout
+    rules = [line for line in listed.splitlines()[1:] if not line.startswith((" ", "selfsubject"))]
+    assert not [rule for rule in rules if "*" in rule.replace("[/", "")], listed
+    assert "secrets" not in listed
+    own = installed.kubectl("auth", "can-i", "--list", account, "-n", SYSTEM).stdout
+    secrets = [line for line in own.splitlines() if line.startswith("secrets")]
+    assert len(secrets) == 1
+    assert "finetune-operator-progress-tls" in secrets[0]
+
+
+def test_every_right_was_used_and_none_was_missing(installed: World) -> None:
+    """Last of all: the API server's audit log of this whole run."""
+    if installed.node is None:
+        pytest.skip("the audit log of a cluster of yours is not ours to read")
+    from finetune_operator.kube.permissions import PERMISSIONS
+
+    used, refused = set(), []
+    for line in installed.node.cluster.audit_log.read_text().splitlines():
+        event = json.loads(line)
+        if event["user"]["username"] != f"system:serviceaccount:{SYSTEM}:finetune-operator":
+            continue
+        reference = event.get("objectRef") or {}
+        resource = "/".join(filter(None, (reference.get("resource"), reference.get("subresource"))))
+        used.add((event["verb"], reference.get("apiGroup", ""), resource))
+        if event.get("responseStatus", {}).get("code") == 403 and "quota" not in str(event.get("responseStatus")):
+            refused.append((event["verb"], event["requestURI"]))
+    assert refused == []
+    granted = {(verb, row.group, row.resource) for row in PERMISSIONS for verb in row.verbs}
+    assert granted - used <= UNUSED_BUT_JUSTIFIED
+
+
+UNUSED_BUT_JUSTIFIED = {
+    # Asked by the garbage collector's admission, not by the operator: blockOwnerDeletion.
+    ("update", "finetune.dev", "finetunejobs/finalizers"),
+}
