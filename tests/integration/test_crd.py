@@ -184,14 +184,15 @@ def test_suspend_change_resume_is_three_edits(kube: Run) -> None:
     kube("create", manifest=GOOD)
     for change in ({"suspend": True}, {"trainer": {"image": "new:2"}}, {"suspend": False}):
         kube("patch", "finetunejob", "good", "--type=merge", "-p", json.dumps({"spec": change}))
-    assert stored(kube, "good")["spec"]["trainer"] == {"image": "new:2"}
+    assert stored(kube, "good")["spec"]["trainer"]["image"] == "new:2"
 
 
 # ------------------------------------------------------------------------------------------------------- for people --
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ("spec", ["hyperparameters", "What to train, where it runs.", "-required-"]),
+        ("spec", ["hyperparameters", "What to train, where it runs."]),
+        ("spec.model", ["Required, unless trainer.command runs a script of yours.", "-required-"]),
         ("spec.hyperparameters", ["How to train.", "Examples per optimizer step", "learningRate", "<number>"]),
         ("spec.dataset.labels", ["their order gives their ids"]),
         ("spec.trainer.env", ["<[]Object>", "Environment variables"]),
