@@ -9,7 +9,7 @@ E2E := $(if $(SMOKE),tests/e2e/test_smoke.py,tests/e2e)
 # The test cluster is a tool of this checkout, not a part of the distribution.
 export PYTHONPATH := $(CURDIR)/hack/testcluster
 
-.PHONY: help demo test lint unit integration e2e images cluster cluster-down generate lock clean
+.PHONY: help demo test lint unit integration e2e images cluster cluster-down generate lock sbom clean
 
 help: ## this table
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,7 +75,15 @@ lock: $(VENV)/uv.stamp ## writes requirements/*.txt from pyproject.toml
 	$(LOCK) --extra operator pyproject.toml -c requirements/dev.txt -o requirements/operator.txt
 	$(LOCK) --extra trainer pyproject.toml -c requirements/dev.txt -o requirements/trainer.txt
 	printf 'hatchling>=1.27\neditables\n' | $(LOCK) - -o requirements/build.txt
+	printf 'cyclonedx-bom\n' | $(LOCK) - -o requirements/sbom.txt
 	printf 'uv\n' | $(LOCK) - -o requirements/bootstrap.txt
+
+sbom: $(VENV)/uv.stamp ## the bill of materials of both images' Python packages, as CycloneDX JSON below build/sbom
+	$(BIN)/uv venv --quiet --allow-existing build/sbom/venv
+	$(BIN)/uv pip install --quiet --python build/sbom/venv/bin/python --require-hashes -r requirements/sbom.txt
+	for part in operator trainer; do \
+	  PYTHONWARNINGS=ignore build/sbom/venv/bin/cyclonedx-py requirements requirements/$$part.txt --pyproject pyproject.toml --output-reproducible \
+	    --output-file build/sbom/$$part.cdx.json && echo build/sbom/$$part.cdx.json || exit 1; done
 
 clean: ## removes what the other targets made in this checkout (the cache of built binaries stays)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
