@@ -68,6 +68,7 @@ def prepare() -> None:
     sandbox.install_packages(NEEDED)
     if not _exists(_BUILD_BASE) or not _exists(PAUSE_IMAGE):
         _make_bases()
+    _forget_other_packages()
     for part in PARTS:
         done = _stamp(part)
         if done.is_file() and done.read_text() == _digest(part) and _exists(name_of(part)):
@@ -119,6 +120,18 @@ def _make_bases() -> None:
     _buildah("", "commit", "-q", "--rm", container, _BUILD_BASE)
 
 
+def _forget_other_packages() -> None:
+    """Layers with packages that are no longer asked for: the trainer's take 13 GB."""
+    wanted, known = hashlib.sha256(), _store() / "packages.digest"
+    for file in (file for part in PARTS for file in _pinned(part)):
+        wanted.update(file.read_bytes())
+    if known.is_file() and known.read_text() != wanted.hexdigest():
+        for name in (name_of(part) for part in PARTS):
+            subprocess.run(_command("rmi", "--force", name), capture_output=True, check=False)  # it may not be there
+        _buildah("", "rmi", "--prune", "--force")
+    known.write_text(wanted.hexdigest())
+
+
 def _mirror() -> list[str]:
     """Debian's mirror as this machine has it; debootstrap knows only the public one."""
     for file in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")):
@@ -138,10 +151,15 @@ def _digest(part: str) -> str:
 
 
 def _files(part: str) -> Iterator[Path]:
-    yield from (ROOT / "requirements" / f"{name}.txt" for name in ("bootstrap", "build", part))
-    yield from (ROOT / name for name in (f"Dockerfile.{part}", ".dockerignore", "pyproject.toml", "README.md", "LICENSE"))
+    yield from _pinned(part)
+    yield from (ROOT / name for name in (".dockerignore", "pyproject.toml", "README.md", "LICENSE"))
     for folder in ("crds/finetune_api", "operator/finetune_operator", "trainer/finetune_trainer", "cli/finetune_cli"):
         yield from sorted(file for file in (ROOT / folder).rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+
+
+def _pinned(part: str) -> Iterator[Path]:
+    yield ROOT / f"Dockerfile.{part}"
+    yield from (ROOT / "requirements" / f"{name}.txt" for name in ("bootstrap", "build", part))
 
 
 def _store() -> Path:
