@@ -4,12 +4,14 @@ import argparse
 import asyncio
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 
 from finetune_operator import __version__
 from finetune_operator.control import preflight
 from finetune_operator.control.app import Options, run
+from finetune_operator.kube.lease import LeaseLost
 from finetune_operator.observe.log import set_up
 
 
@@ -52,7 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--progress-bind", type=_address, default=("0.0.0.0", 8443), help="address of the progress server")  # noqa: S104
     add("--metrics-bind", type=_address, default=("0.0.0.0", 8080), help="address of /metrics, /healthz, /readyz")  # noqa: S104
     add("--tls-secret", default="finetune-operator-progress", help="Secret that keeps the progress server's CA")
-    add("--own-namespace", default=os.environ.get("POD_NAMESPACE", "default"), help="namespace of that Secret")
+    add("--own-namespace", default=os.environ.get("POD_NAMESPACE", "default"), help="namespace of that Secret and of the Lease")
+    add("--lease", default="", help="Lease that lets one of several operators write (default: none, this is the only one)")
+    add("--lease-seconds", type=_count, default=15, help="how long the others wait for a leader that is silent")
+    add("--pod-name", default=os.environ.get("POD_NAME") or socket.gethostname(), help="who holds the Lease, for people")
+    add("--pod-ip", default=os.environ.get("POD_IP", ""), help="where other operators reach this one; needed with --lease")
     add("--workers", type=_count, default=10, help="reconciles at a time")
     add("--resync-seconds", type=_positive, default=300.0, help="pause between full lists")
     add(
@@ -68,12 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """The exit code."""
-    arguments = vars(build_parser().parse_args())
+    parser = build_parser()
+    arguments = vars(parser.parse_args())
+    if arguments["lease"] and not arguments["pod_ip"]:
+        parser.error("--lease needs --pod-ip: set POD_IP from the pod's status.podIP")
     set_up(arguments.pop("log_level"), arguments.pop("log_format"))
     log = logging.getLogger("finetune_operator")
     try:
         asyncio.run(run(Options(**arguments)))
-    except preflight.NotReady as error:
+    except (preflight.NotReady, LeaseLost) as error:
         log.error("%s", error)  # noqa: TRY400  (a sentence for people, without a traceback)
         return 1
     except OSError as error:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from kubernetes.aio.client import Configuration
 from finetune_operator.control import http, preflight, tls, watch
 from finetune_operator.control.progress import ProgressServer
 from finetune_operator.control.queue import WorkQueue
+from finetune_operator.control.standby import Forwarder
 from finetune_operator.control.worker import Key, Reconciler, run_workers
+from finetune_operator.domain.election import Candidate
 from finetune_operator.domain.types import Settings
 from finetune_operator.kube import port
 from finetune_operator.kube.aio import AioCluster, load_configuration
+from finetune_operator.kube.lease import Alone, Elector, Leadership
 from finetune_operator.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,11 @@ class Options:
     metrics_bind: tuple[str, int]
     tls_secret: str
     own_namespace: str
+    lease: str
+    """Name of the Lease in the own namespace; empty: this is the only operator."""
+    lease_seconds: int
+    pod_name: str
+    pod_ip: str
     workers: int
     resync_seconds: float
     restart_backoff_seconds: float
@@ -45,20 +54,23 @@ class Options:
 
 
 async def run(options: Options) -> None:
-    """Until SIGTERM or SIGINT. Raises preflight.NotReady, or whatever a part died of."""
+    """Until SIGTERM or SIGINT. Raises preflight.NotReady, lease.LeaseLost, or whatever a part died of."""
     metrics = Metrics()
     try:
         configuration = await load_configuration(options.kubeconfig)
     except port.ApiError as error:
         raise preflight.NotReady(error.message) from error
-    cluster = AioCluster(configuration, lambda verb, resource, code: metrics.api_requests.labels(verb, resource, code).inc())
+
+    def count(verb: str, resource: str, code: str) -> None:
+        metrics.api_requests.labels(verb, resource, code).inc()
+
+    # What is done before there is a leader, and the Lease itself: on connections that no flood of reconciles can take.
+    unfenced = AioCluster(configuration, count)
+    leadership = _leadership(options, unfenced)
+    cluster = AioCluster(configuration, count, leadership.remaining)
+    metrics.leader.set_function(lambda: float(leadership.remaining() > 0))
     try:
-        await preflight.check(cluster, options.namespaces, options.own_namespace, options.tls_secret)
-        try:
-            ca, ca_key = await tls.load_ca(cluster, options.own_namespace, options.tls_secret)
-        except port.NotFound as error:
-            place = f"{options.own_namespace}/{options.tls_secret}"
-            raise preflight.NotReady(f"The Secret {place} does not exist: create it empty (the chart does).") from error
+        ca, ca_key = await _prepare(options, unfenced)
         settings = Settings(
             trainer_image=options.trainer_image,
             progress_url=options.progress_url,
@@ -69,16 +81,37 @@ async def run(options: Options) -> None:
         queue: WorkQueue[Key] = WorkQueue(metrics)
         reconciler = Reconciler(cluster, settings, queue, metrics)
         listed = asyncio.Event()
-        progress = ProgressServer(cluster, reconciler, queue, metrics).app()
-        hosts = [str(urlparse(options.progress_url).hostname), "localhost", "127.0.0.1"]
+        host = str(urlparse(options.progress_url).hostname)
+        forwarder = Forwarder(leadership, ca, host, metrics)
+        progress = ProgressServer(cluster, reconciler, queue, metrics).app(forwarder.middleware)
+        progress.cleanup_ctx.append(forwarder.session)
         async with (
-            _serve(http.build_app(metrics, reconciler, queue, listed), options.metrics_bind),
-            _serve(progress, options.progress_bind, tls.server_context(ca, ca_key, hosts)),
+            _serve(http.build_app(metrics, reconciler, queue, listed, leadership), options.metrics_bind),
+            _serve(progress, options.progress_bind, tls.server_context(ca, ca_key, [host, "localhost", "127.0.0.1"])),
         ):
-            log.info("ready: watching %s with %d workers", ", ".join(options.namespaces) or "all namespaces", options.workers)
-            await _until_stopped(options, queue, reconciler, cluster, configuration, listed)
+            await _until_stopped(options, queue, reconciler, configuration, listed, leadership)
     finally:
-        await cluster.close()
+        await asyncio.gather(cluster.close(), unfenced.close())
+
+
+def _leadership(options: Options, cluster: AioCluster) -> Leadership:
+    if not options.lease:
+        return Alone()
+    ip = f"[{options.pod_ip}]" if ":" in options.pod_ip else options.pod_ip
+    identity = f"{options.pod_name}_{uuid.uuid4()}"
+    candidate = Candidate(identity, f"{ip}:{options.progress_bind[1]}", options.lease_seconds)
+    return Elector(cluster, options.own_namespace, options.lease, candidate)
+
+
+async def _prepare(options: Options, cluster: AioCluster) -> tuple[bytes, bytes]:
+    """The CA's certificate and key, when everything is there that the operator needs; else preflight.NotReady."""
+    own_objects = {"secrets": options.tls_secret} | ({"leases": options.lease} if options.lease else {})
+    await preflight.check(cluster, options.namespaces, options.own_namespace, own_objects)
+    try:
+        return await tls.load_ca(cluster, options.own_namespace, options.tls_secret)
+    except port.NotFound as error:
+        place = f"{options.own_namespace}/{options.tls_secret}"
+        raise preflight.NotReady(f"The Secret {place} does not exist: create it empty (the chart does).") from error
 
 
 class _serve:  # noqa: N801  (used as a function: `async with _serve(app, address):`)
@@ -99,16 +132,48 @@ async def _until_stopped(
     options: Options,
     queue: WorkQueue[Key],
     reconciler: Reconciler,
-    cluster: AioCluster,
     configuration: Configuration,
     listed: asyncio.Event,
+    leadership: Leadership,
 ) -> None:
+    """A standby first, then the leader; never a standby again: who loses the lease ends."""
     stop = asyncio.Event()
+    _take_signals(stop)
+    try:
+        if await _elected(leadership, stop):
+            log.info("ready: watching %s with %d workers", ", ".join(options.namespaces) or "all namespaces", options.workers)
+            await _lead(options, queue, reconciler, configuration, listed, leadership, stop)
+    finally:
+        await leadership.release()
+    log.info("stopped")
+
+
+async def _elected(leadership: Leadership, stop: asyncio.Event) -> bool:
+    """False when the end comes first."""
+    acquiring, stopping = asyncio.create_task(leadership.acquire()), asyncio.create_task(stop.wait())
+    await asyncio.wait({acquiring, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (acquiring, stopping):
+        task.cancel()
+    await asyncio.gather(acquiring, stopping, return_exceptions=True)
+    if not acquiring.cancelled():
+        acquiring.result()  # raises what it died of
+    return not stop.is_set()
+
+
+async def _lead(
+    options: Options,
+    queue: WorkQueue[Key],
+    reconciler: Reconciler,
+    configuration: Configuration,
+    listed: asyncio.Event,
+    leadership: Leadership,
+    stop: asyncio.Event,
+) -> None:
     # Tasks that exist before kopf starts are left alone when it ends.
     workers = asyncio.create_task(run_workers(reconciler, options.workers), name="workers")
-    resync = asyncio.create_task(
-        watch.resync(cluster, options.namespaces, queue, reconciler, options.resync_seconds, listed), name="resync"
-    )
+    listing = watch.resync(reconciler.cluster, options.namespaces, queue, reconciler, options.resync_seconds, listed)
+    resync = asyncio.create_task(listing, name="resync")
+    lease = asyncio.create_task(leadership.keep(), name="lease")
     stopping = asyncio.create_task(stop.wait(), name="stopping")
     ready = asyncio.Event()
     watching = asyncio.create_task(
@@ -125,29 +190,32 @@ async def _until_stopped(
         ),
         name="watching",
     )
-    signals = asyncio.create_task(_take_signals(ready, stop), name="signals")
-    parts: set[asyncio.Task[Any]] = {workers, resync, stopping, watching}
+    signals = asyncio.create_task(_take_signals_back(ready, stop), name="signals")
+    parts: set[asyncio.Task[Any]] = {workers, resync, lease, stopping, watching}
     done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     stop.set()
     queue.close()
     for part in (resync, signals):
         part.cancel()
     _, late = await asyncio.wait({workers, watching, resync, signals}, timeout=STOP_SECONDS)
-    for part in late:
+    # To the last write the lease is renewed.
+    for part in (*late, lease):
         part.cancel()
-    await asyncio.gather(*late, return_exceptions=True)
+    await asyncio.gather(*late, lease, return_exceptions=True)
     for part in done - {stopping}:
         if (error := part.exception()) is not None:
             raise error
         if part is not watching:  # kopf ends by itself only when it took the signal
             raise RuntimeError(f"{part.get_name()} ended by itself")
-    log.info("stopped")
 
 
-async def _take_signals(ready: asyncio.Event, stop: asyncio.Event) -> None:
-    """SIGTERM and SIGINT set `stop`. kopf installs handlers of its own while it starts: ours go over them."""
+def _take_signals(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
-    for _ in range(2):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        await ready.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+
+async def _take_signals_back(ready: asyncio.Event, stop: asyncio.Event) -> None:
+    """kopf installs handlers of its own while it starts: ours go over them."""
+    await ready.wait()
+    _take_signals(stop)

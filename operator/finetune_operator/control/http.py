@@ -7,12 +7,15 @@ from aiohttp import web
 
 from finetune_operator.control.queue import WorkQueue
 from finetune_operator.control.worker import Key, Reconciler
+from finetune_operator.kube.lease import Leadership
 from finetune_operator.observe.metrics import Metrics
 
 STUCK_SECONDS = 120.0
 
 
-def build_app(metrics: Metrics, reconciler: Reconciler, queue: WorkQueue[Key], listed: asyncio.Event) -> web.Application:
+def build_app(
+    metrics: Metrics, reconciler: Reconciler, queue: WorkQueue[Key], listed: asyncio.Event, leadership: Leadership
+) -> web.Application:
     """The three endpoints."""
 
     async def render(_: web.Request) -> web.Response:
@@ -26,7 +29,8 @@ def build_app(metrics: Metrics, reconciler: Reconciler, queue: WorkQueue[Key], l
         return web.Response(text="ok\n")
 
     async def ready(_: web.Request) -> web.Response:
-        if listed.is_set():
+        # A standby lists nothing, and yet it serves: it passes progress on, and a rolling update waits for it.
+        if listed.is_set() or leadership.remaining() <= 0:
             return web.Response(text="ok\n")
         return web.Response(status=503, text="the resources have not been listed yet\n")
 

@@ -12,12 +12,12 @@ class NotReady(Exception):  # noqa: N818
     """The operator cannot work here; the sentences say what to do."""
 
 
-async def check(cluster: Cluster, namespaces: list[str], own_namespace: str, secret: str) -> None:
-    """Raises NotReady."""
+async def check(cluster: Cluster, namespaces: list[str], own_namespace: str, own_objects: dict[str, str]) -> None:
+    """Raises NotReady. `own_objects`: names in the own namespace by resource; rights on a resource that is not there are not asked for."""
     try:
         await cluster.discover("/version")
         await _crd(cluster)
-        missing = await _missing_rights(cluster, namespaces, own_namespace, secret)
+        missing = await _missing_rights(cluster, namespaces, own_namespace, own_objects)
     except port.ApiError as error:
         raise NotReady(f"The API server at hand cannot be used: {error.message}") from error
     if missing:
@@ -37,16 +37,16 @@ async def _crd(cluster: Cluster) -> None:
         raise NotReady(f"The CRD {JOBS.plural}.{names.GROUP} does not serve {JOBS.version} with a status: {install}")
 
 
-async def _missing_rights(cluster: Cluster, namespaces: list[str], own_namespace: str, secret: str) -> list[str]:
+async def _missing_rights(cluster: Cluster, namespaces: list[str], own_namespace: str, own_objects: dict[str, str]) -> list[str]:
     asked: list[tuple[Permission, str, str | None, str]] = []
     for permission in PERMISSIONS:
         if permission.scope is Scope.CLUSTER:
             places: list[str | None] = [None]
-        elif permission.scope is Scope.OWN:
-            places = [own_namespace]
+        elif permission.scope in (Scope.OWN, Scope.OWN_NEW):
+            places = [own_namespace] if permission.resource in own_objects else []
         else:
             places = list(namespaces) or [None]
-        name = secret if permission.scope is Scope.OWN else ""
+        name = own_objects.get(permission.resource, "") if permission.scope is Scope.OWN else ""
         asked.extend((permission, verb, place, name) for place in places for verb in permission.verbs)
     answers = await asyncio.gather(*(_allowed(cluster, *question) for question in asked))
     return [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from pydantic import ValidationError
 
 from finetune_api import names
@@ -61,9 +62,9 @@ class ProgressServer:
         self.metrics = metrics
         self._trusted: OrderedDict[str, _Trusted] = OrderedDict()
 
-    def app(self) -> web.Application:
+    def app(self, *middlewares: Middleware) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(client_max_size=MAX_PROGRESS_BYTES)
+        app = web.Application(client_max_size=MAX_PROGRESS_BYTES, middlewares=middlewares)
         app.router.add_post(
             f"/v1/namespaces/{{namespace}}/{names.PLURAL_JOB}/{{name}}/attempts/{{attempt:\\d+}}/progress", self.post
         )

@@ -1,6 +1,7 @@
 """The port's adapter on kubernetes.aio: its configuration and connection, our paths, dicts and errors."""
 
 import json
+import math
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ CONNECTIONS = 64
 
 Observer = Callable[[str, str, str], None]
 """Told of every request: verb, resource, status code."""
+
+Fence = Callable[[], float]
+"""Seconds for which a write may still go on; none starts at 0. All writes of a connection pass here, so that none can forget it."""
 
 
 async def load_configuration(kubeconfig: Path | None) -> Configuration:
@@ -45,10 +49,13 @@ async def load_configuration(kubeconfig: Path | None) -> Configuration:
 class AioCluster:
     """See port.Cluster."""
 
-    def __init__(self, configuration: Configuration, observer: Observer = lambda *_: None) -> None:
+    def __init__(
+        self, configuration: Configuration, observer: Observer = lambda *_: None, fence: Fence = lambda: math.inf
+    ) -> None:
         self.configuration = configuration
         self._rest = RESTClientObject(configuration)
         self._observer = observer
+        self._fence = fence
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Object:
         return await self._call("GET", resource, _path(resource, namespace, name))
@@ -79,7 +86,7 @@ class AioCluster:
     async def review(self, group: str, kind: str, spec: Object) -> Object:
         resource = Resource(group, "v1", f"{kind.lower()}s")
         body = {"apiVersion": f"{group}/v1", "kind": kind, "spec": spec}
-        answer = await self._call("POST", resource, f"{resource.root}/{resource.plural}", body=body)
+        answer = await self._call("POST", resource, f"{resource.root}/{resource.plural}", body=body, asks=True)
         status: Object = answer.get("status", {})
         return status
 
@@ -98,6 +105,7 @@ class AioCluster:
         body: Object | None = None,
         content_type: str = "application/json",
         verb: str | None = None,
+        asks: bool = False,
     ) -> Object:
         headers = {"Accept": "application/json", "Content-Type": content_type}
         # Asked each time: the client reads a renewed token from its file.
@@ -105,9 +113,12 @@ class AioCluster:
         if token:
             headers["authorization"] = token
         url = f"{self.configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")
+        seconds = TIMEOUT_SECONDS
+        if method != "GET" and not asks and (seconds := min(seconds, self._fence())) <= 0:
+            raise port.NotLeading(0, "NotLeading", f"{verb or method} {resource.plural} was not begun: the lease has expired")
         code = "none"
         try:
-            response = await self._rest.request(method, url, headers=headers, body=body, _request_timeout=TIMEOUT_SECONDS)
+            response = await self._rest.request(method, url, headers=headers, body=body, _request_timeout=seconds)
             code = str(response.status)
             data = await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:

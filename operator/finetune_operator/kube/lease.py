@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from finetune_operator.domain.election import Candidate, Seen, Step, claim, decide, disclaim, look
 from finetune_operator.kube import port
@@ -40,8 +40,8 @@ class Leadership(Protocol):
     async def acquire(self) -> None:
         """Until this process leads."""
 
-    async def keep(self) -> NoReturn:
-        """Stays the leader; raises LeaseLost."""
+    async def keep(self) -> None:
+        """Stays the leader, without an end; raises LeaseLost."""
 
     async def release(self) -> None:
         """After the last write. Nothing to do for a standby."""
@@ -59,9 +59,8 @@ class Alone:
     async def acquire(self) -> None:
         pass
 
-    async def keep(self) -> NoReturn:
-        while True:
-            await asyncio.sleep(3600)
+    async def keep(self) -> None:
+        await asyncio.Event().wait()
 
     async def release(self) -> None:
         pass
@@ -92,15 +91,20 @@ class Elector:
         return record.address or None if others else None
 
     async def acquire(self) -> None:
-        while not await self._try(self.candidate.renew_seconds / 2):
+        while True:
+            if await self._try(self.candidate.renew_seconds / 2):
+                break
             await asyncio.sleep(self.candidate.retry_seconds * random.uniform(1, 1 + JITTER))
         log.info("leading: %s holds the Lease %s/%s", self.candidate.identity, self.namespace, self.name)
 
-    async def keep(self) -> NoReturn:
-        while (left := self.remaining() - self.candidate.lease_seconds + self.candidate.renew_seconds) > 0:
-            await asyncio.sleep(min(left, self.candidate.retry_seconds))
+    async def keep(self) -> None:
+        while True:
+            await asyncio.sleep(min(self.candidate.retry_seconds, self._until_deadline()))
+            # Asked after the sleep: a process that was stopped, or a busy one, sleeps longer than it meant to.
+            if (left := self._until_deadline()) <= 0:
+                seconds = self.candidate.renew_seconds
+                raise LeaseLost(f"{self._name} was not renewed for {seconds:g} s: somebody else may lead by now")
             await self._try(min(left, self.candidate.renew_seconds / 2))
-        raise LeaseLost(f"{self._name} was not renewed for {self.candidate.renew_seconds:g} s: somebody else may lead by now")
 
     async def release(self) -> None:
         if self.remaining() <= 0:
@@ -114,6 +118,9 @@ class Elector:
         else:
             log.info("%s is released", self._name)
 
+    def _until_deadline(self) -> float:
+        return self.remaining() - self.candidate.lease_seconds + self.candidate.renew_seconds
+
     @property
     def _name(self) -> str:
         return f"the Lease {self.namespace}/{self.name}"
@@ -126,13 +133,14 @@ class Elector:
         except (port.Conflict, port.AlreadyExists) as error:
             log.info("%s: another was first: %s", self._name, error)
         except (TimeoutError, port.ApiError) as error:
-            log.warning("%s: %s; trying again", self._name, error or "no answer in time")
+            log.warning("%s: %s; trying again", self._name, str(error) or "no answer in time")
         return False
 
     async def _step(self) -> bool:
         self._see(await self._read())
         step = decide(self._seen, self.candidate.identity, self._clock())
         if self._renewed is not None and step is not Step.RENEW:
+            self._renewed = None
             raise LeaseLost(f"{self._name} is held by {self._seen.record.holder or 'nobody'}: somebody else may lead by now")
         if step is Step.WAIT:
             return False

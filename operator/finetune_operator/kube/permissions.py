@@ -13,6 +13,8 @@ class Scope(StrEnum):
     """The resource has no namespace."""
     OWN = "own"
     """In the operator's own namespace, on one object by name."""
+    OWN_NEW = "own-new"
+    """In the operator's own namespace, without a name: RBAC knows none yet when an object is created."""
 
 
 @dataclass(frozen=True)
@@ -38,4 +40,8 @@ PERMISSIONS: tuple[Permission, ...] = (
     Permission(("create",), "", "events", Scope.WATCHED, "to tell users what was done (kubectl describe)"),
     Permission(("create",), "authentication.k8s.io", "tokenreviews", Scope.CLUSTER, "to know which pod posts progress"),
     Permission(("get", "patch"), "", "secrets", Scope.OWN, "the progress server's own CA, in one Secret by name"),
+    Permission(
+        ("get", "patch"), "coordination.k8s.io", "leases", Scope.OWN, "of several operators one writes: the Lease's holder"
+    ),
+    Permission(("create",), "coordination.k8s.io", "leases", Scope.OWN_NEW, "that Lease, the first time"),
 )

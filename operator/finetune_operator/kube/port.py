@@ -26,6 +26,7 @@ PODS = Resource("", "v1", "pods")
 EVENTS = Resource("", "v1", "events")
 SERVICES = Resource("", "v1", "services")
 SECRETS = Resource("", "v1", "secrets")
+LEASES = Resource("coordination.k8s.io", "v1", "leases")
 
 
 class ApiError(Exception):
@@ -57,6 +58,10 @@ class Refused(ApiError):  # noqa: N818
 
 class Unavailable(ApiError):  # noqa: N818
     """429, 5xx or no answer: the same request may be accepted later."""
+
+
+class NotLeading(ApiError):  # noqa: N818
+    """Not asked: this process's lease has expired, and another one may be writing by now."""
 
 
 class Cluster(Protocol):

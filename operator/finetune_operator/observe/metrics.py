@@ -35,6 +35,13 @@ class Metrics:
             registry=r,
         )
         self.progress_posts = Counter("finetune_progress_posts", "Progress posts by answer.", ["code"], registry=r)
+        self.progress_forwarded = Counter(
+            "finetune_progress_forwarded",
+            "Progress posts that a standby passed on to the leader, by answer.",
+            ["code"],
+            registry=r,
+        )
+        self.leader = Gauge("finetune_leader", "1 while this operator may write, 0 while it stands by.", registry=r)
         self.build = Gauge("finetune_build_info", "Always 1; the version is the label.", ["version"], registry=r)
         self.build.labels(__version__).set(1)
         self._states: dict[tuple[str, str], str] = {}
