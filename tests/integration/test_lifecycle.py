@@ -48,6 +48,9 @@ def script(pod: dict[str, Any]) -> PodScript:
     attempt = labels["finetune.dev/attempt"]
     if name == "disrupted":
         return disrupted() if attempt == "1" else succeed()
+    if name == "pair-with-bad-data":  # one tells why, and the other only that its peer is gone
+        index = pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]
+        return SCRIPTS["bad-data"] if index == "1" else fail(1, "RuntimeError: connection closed by peer", seconds=0.2)
     return SCRIPTS.get(name, succeed(0.5))
 
 
@@ -202,6 +205,42 @@ def test_a_foreign_job_in_the_way_is_named_and_left_alone(jobs: Jobs) -> None:
     wait(lambda: jobs.condition("taken", "Running").get("reason") == "NameConflict", "NameConflict")
     assert "taken-1" in jobs.condition("taken", "Running")["message"]
     assert jobs.get("taken-1", "job")["metadata"]["uid"] == uid
+
+
+def test_several_pods_are_one_attempt_under_one_service(jobs: Jobs) -> None:
+    jobs.apply(manifest("succeeds", trainer={"numNodes": 3}))
+    status = jobs.wait_state("succeeds", "Complete")
+    assert status["jobsStatus"][0]["succeeded"] == 3
+    assert status["result"]["bestStep"] == RESULT["bestStep"]
+    service = jobs.get("succeeds-nodes", "service")
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+    pods = [p for p in jobs.list("pods") if p["spec"].get("subdomain") == "succeeds-nodes"]
+    assert sorted(p["spec"]["hostname"] for p in pods) == ["succeeds-1-0", "succeeds-1-1", "succeeds-1-2"]
+    jobs.cluster.kubectl("-n", jobs.namespace, "delete", "ftj", "succeeds")
+    wait(
+        lambda: "succeeds-nodes" not in {s["metadata"]["name"] for s in jobs.list("services")}, "the Service gone", 90
+    )  # a new CRD
+
+
+def test_of_several_pods_the_one_that_knows_the_cause_is_heard(jobs: Jobs) -> None:
+    jobs.apply(manifest("pair-with-bad-data", trainer={"numNodes": 2}))
+    jobs.wait_state("pair-with-bad-data", "Failed")
+    assert jobs.condition("pair-with-bad-data", "Failed")["message"] == "train.csv: line 3 has 2 fields"
+
+
+def test_a_foreign_service_in_the_way_is_named(jobs: Jobs) -> None:
+    jobs.cluster.kubectl("-n", jobs.namespace, "create", "service", "clusterip", "pair-nodes", "--tcp=80")
+    jobs.apply(manifest("pair", trainer={"numNodes": 2}))
+    wait(lambda: jobs.condition("pair", "Running").get("reason") == "CreateRefused", "CreateRefused")
+    assert "pair-nodes" in jobs.condition("pair", "Running")["message"]
+    assert jobs.list("jobs") == []
+
+
+def test_a_script_of_the_users_needs_no_recipe(jobs: Jobs) -> None:
+    own = dict.fromkeys(("task", "model", "dataset", "output"))
+    jobs.apply(manifest("succeeds", **own, trainer={"command": ["python", "train.py"]}))
+    jobs.wait_state("succeeds", "Complete")
+    assert jobs.list("pods")[0]["spec"]["containers"][0]["command"] == ["python", "train.py"]
 
 
 def test_a_refused_pod_template_is_told_in_the_api_servers_words(jobs: Jobs) -> None:
