@@ -17,6 +17,8 @@ CHART = Path(__file__).parents[2] / "charts" / "finetune-operator"
 RELEASE = "finetune-operator"
 SERVICE_ACCOUNT = RELEASE
 TLS_SECRET = f"{RELEASE}-progress-tls"
+OWN_NAMES = {"secrets": TLS_SECRET, "leases": RELEASE}
+"""What the operator may touch by name in its own namespace: resource -> name."""
 KUBE_VERSION = "1.34.4"
 """`helm template` asks no cluster; it checks the chart's kubeVersion against this one."""
 

@@ -136,8 +136,10 @@ def rules_of(objects: list[Object], namespace: str, watched: list[str]) -> dict[
                 for resource in rule["resources"]:
                     if "resourceNames" in rule:
                         assert where == namespace
-                        assert rule["resourceNames"] == [chart.TLS_SECRET]
+                        assert rule["resourceNames"] == [chart.OWN_NAMES[resource]]
                         scope = Scope.OWN
+                    elif where == namespace and resource == "leases":
+                        scope = Scope.OWN_NEW
                     elif where is None and resource in cluster_wide:
                         scope = Scope.CLUSTER
                     else:
@@ -176,8 +178,9 @@ def test_the_token_has_these_rights_and_no_others(cluster: Cluster, helm_binary:
         target = f"{resource}.{p.group}" if p.group else resource
         args = [f"--subresource={sub}"] if sub else []
         if p.scope is Scope.OWN:
-            target += f"/{chart.TLS_SECRET}"
-        scope = [] if p.scope is Scope.CLUSTER else ["-n", namespace if p.scope is Scope.OWN else "default"]
+            target += f"/{chart.OWN_NAMES[p.resource]}"
+        own = p.scope in (Scope.OWN, Scope.OWN_NEW)
+        scope = [] if p.scope is Scope.CLUSTER else ["-n", namespace if own else "default"]
         for verb in p.verbs:
             assert may(cluster, kubeconfig, verb, target, *args, *scope), f"{verb} {target} {args}"
     for verb, target in (
@@ -192,6 +195,10 @@ def test_the_token_has_these_rights_and_no_others(cluster: Cluster, helm_binary:
         ("update", "finetunejobs.finetune.dev"),
         ("delete", "finetunejobs.finetune.dev"),
         ("patch", "jobs.batch"),
+        ("list", "services"),
+        ("delete", "services"),
+        ("get", "leases.coordination.k8s.io/other"),
+        ("list", "leases.coordination.k8s.io"),
     ):
         assert not may(cluster, kubeconfig, verb, target, "-n", namespace), f"{verb} {target}"
 

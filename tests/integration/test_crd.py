@@ -17,7 +17,9 @@ from testcluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 CRD = ROOT / "crds" / "finetunejobs.finetune.dev.yaml"
-EXAMPLES = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if "kind: FineTuneJob" in p.read_text(encoding="utf-8"))
+EXAMPLES = sorted(
+    p for p in (ROOT / "examples").rglob("*.yaml") if "\nkind: FineTuneJob\n" in f"\n{p.read_text(encoding='utf-8')}"
+)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
