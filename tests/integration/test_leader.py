@@ -219,22 +219,6 @@ def test_a_standby_passes_progress_on_and_answers_as_the_leader_does(pod: Pod, j
     assert pair.leader.metric("finetune_progress_forwarded_total") == 0.0
 
 
-def test_the_token_is_given_to_nobody_without_our_certificate(pod: Pod, pair: Pair, cluster: Cluster) -> None:
-    token, url = pod.token(), to(pair.standby, pod.url)
-    # The API server's certificate is a good one, of another CA. The leader is gone, or it would write its address again.
-    patch = {"metadata": {"annotations": {ANNOTATION_ADDRESS: cluster.url.removeprefix("https://")}}}
-    pair.leader.kill()
-    cluster.kubectl("-n", "finetune-system", "patch", "lease", LEASE, "--type=merge", "-p", json.dumps(patch))
-
-    def refused() -> bool:
-        status = pod.post(token, url=url)[0]
-        found = "CERTIFICATE_VERIFY_FAILED" in pair.standby.log.read_text()
-        assert found or status == 503
-        return found
-
-    wait(refused, "the certificate is refused", TAKEN_OVER)
-
-
 def test_the_rights_on_the_lease_are_asked_for_where_one_is_named(both: list[Operator], cluster: Cluster) -> None:
     command = [word for word in both[0].command() if "-bind" not in word and "--lease=" not in word]
     command += ["--metrics-bind=127.0.0.1:0", "--progress-bind=127.0.0.1:0", "--lease=another"]

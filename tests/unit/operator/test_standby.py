@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 
@@ -53,7 +54,7 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(leaders_name: str = HOST) -> AsyncIterator[Pair]:
+async def pair(leaders_name: str = HOST, *, other_ca: bool = False) -> AsyncIterator[Pair]:
     certificate, key = tls.make_ca()
     made = Pair()
     leader, standby = web.Application(), web.Application(client_max_size=MAX_PROGRESS_BYTES)
@@ -63,7 +64,7 @@ async def pair(leaders_name: str = HOST) -> AsyncIterator[Pair]:
     standby.cleanup_ctx.append(forwarder.session)
     standby.router.add_post("/v1/namespaces/{path:.*}", made.here)
     behind, front = TestServer(leader, scheme="https"), TestServer(standby)
-    await behind.start_server(ssl=tls.server_context(certificate, key, [leaders_name]))
+    await behind.start_server(ssl=tls.server_context(*(tls.make_ca() if other_ca else (certificate, key)), [leaders_name]))
     await front.start_server()
     made.leadership.address, made.url = f"127.0.0.1:{behind.port}", f"http://127.0.0.1:{front.port}"
     try:
@@ -99,13 +100,19 @@ async def test_without_a_leader_the_trainer_is_told_to_come_back() -> None:
         assert "no operator leads now" in text
 
 
-async def test_a_leader_that_is_not_there_or_is_not_ours_is_no_leader() -> None:
-    async with pair("elsewhere.ns.svc") as two:
+@pytest.mark.parametrize(("name", "other_ca"), [("elsewhere.ns.svc", False), (HOST, True)], ids=["name", "ca"])
+async def test_the_token_is_given_to_nobody_without_our_certificate(name: str, other_ca: bool) -> None:
+    async with pair(name, other_ca=other_ca) as two:
         status, later, text = await two.post(Authorization="Bearer t")
         assert (status, later is not None, two.heard) == (503, True, [])
         assert "does not answer" in text
+
+
+async def test_a_leader_that_is_not_there_is_no_leader() -> None:
+    async with pair() as two:
         two.leadership.address = "127.0.0.1:1"
-        assert (await two.post())[0] == 503
+        status, later, _ = await two.post()
+        assert (status, later is not None) == (503, True)
 
 
 async def test_a_leader_keeps_what_it_gets() -> None:
