@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 import yaml
 
-from e2e.world import DATA, RELEASE, ROOT, SYSTEM, World
+from e2e.world import DATA, MODELS, RELEASE, ROOT, SYSTEM, World
 from integration.jobs import Jobs, Object, manifest, wait
 
 LABELS = ["negative", "neutral", "positive"]
 EXAMPLE = ROOT / "examples/customer-feedback/finetunejob.yaml"
 
 
-def job(jobs: Jobs, name: str, *, epochs: int = 2, **spec: Any) -> Object:
-    """MiniLM on the example's data in small steps, so that there is a middle to disturb."""
+def job(jobs: Jobs, name: str, *, epochs: int = 20, **spec: Any) -> Object:
+    """A tiny model in small steps, so that there is a middle to disturb and a checkpoint is soon there."""
     return manifest(
         name,
-        dataset={"uri": f"s3://{DATA}/data", "labels": LABELS, "maxLength": 16},
-        hyperparameters={"epochs": epochs, "batchSize": 16, "learningRate": 1e-4},
-        checkpoint={"everySteps": 10},
+        model={"uri": f"s3://{MODELS}/tiny"},
+        dataset={"uri": f"s3://{DATA}/tiny", "labels": LABELS, "maxLength": 16},
+        hyperparameters={"epochs": epochs, "batchSize": 8, "learningRate": 1e-3},
+        checkpoint={"everySteps": 100},
         output={"storageUri": f"s3://{DATA}/{jobs.namespace}/{name}"},
         **{"trainer": trainer(), **spec},
     )
@@ -73,7 +74,7 @@ def test_the_example_as_it_is_in_the_readme(installed: World, jobs: Jobs, tmp_pa
 
 
 def test_suspended_in_the_middle_it_goes_on_from_its_checkpoint(jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "paused", epochs=3))
+    jobs.apply(job(jobs, "paused"))
     saved = wait_checkpoint(jobs, "paused")
     jobs.patch("paused", {"suspend": True})
     saved = max(saved, jobs.wait_state("paused", "Suspended", 90)["checkpoint"]["step"])
@@ -85,7 +86,7 @@ def test_suspended_in_the_middle_it_goes_on_from_its_checkpoint(jobs: Jobs) -> N
 
 
 def test_a_deleted_pod_is_a_restart_from_the_checkpoint(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "deleted", epochs=3))
+    jobs.apply(job(jobs, "deleted"))
     saved = wait_checkpoint(jobs, "deleted")
     installed.kubectl("-n", jobs.namespace, "delete", "pod", jobs.wait_pod("deleted-1"), "--wait=false")
     status = jobs.wait_state("deleted", "Complete", 240)
@@ -103,7 +104,7 @@ def test_out_of_memory_is_told(jobs: Jobs) -> None:
 
 
 def test_training_survives_the_operators_pod_and_an_upgrade_of_the_chart(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "calm", epochs=4))
+    jobs.apply(job(jobs, "calm", epochs=40))
     wait_checkpoint(jobs, "calm")
     installed.kubectl("-n", SYSTEM, "delete", "pod", "-l", "app.kubernetes.io/instance=" + RELEASE, "--grace-period=0", "--force")
     changed = [*installed.values(), "--set=log.format=json", "--wait", "--timeout=150s"]
@@ -115,7 +116,7 @@ def test_training_survives_the_operators_pod_and_an_upgrade_of_the_chart(install
 
 
 def test_a_drained_node_is_a_disruption(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "moved", epochs=3))
+    jobs.apply(job(jobs, "moved"))
     saved = wait_checkpoint(jobs, "moved")
     node = jobs.get(jobs.wait_pod("moved-1"), "pod")["spec"]["nodeName"]
     try:
@@ -163,7 +164,7 @@ print(json.dumps({
 
 
 def test_what_a_hostile_trainer_pod_reaches(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "other", epochs=50), job(jobs, "hostile", epochs=50))
+    jobs.apply(job(jobs, "other", epochs=500), job(jobs, "hostile", epochs=500))
     pod = jobs.wait_pod("hostile-1")
     jobs.wait_pod("other-1")
     jobs.wait_state("hostile", "Running", 60)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from e2e.test_smoke import job, trainer, wait_checkpoint
+from e2e.test_1_smoke import job, trainer, wait_checkpoint
 from e2e.world import DATA, SYSTEM, World
 from integration.jobs import Jobs, Object, wait
 
@@ -29,7 +29,7 @@ def losses(world: World, jobs: Jobs, name: str, folder: Path) -> list[float]:
 def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Path) -> None:
     def same(name: str, **placement: Any) -> Object:
         made = job(jobs, name, trainer=trainer(env=[{"name": "OMP_NUM_THREADS", "value": "1"}], **placement))
-        made["spec"]["hyperparameters"] |= {"epochs": 1, "dropout": NO_DROPOUT, "batchSize": 32}
+        made["spec"]["hyperparameters"] |= {"epochs": 2, "dropout": NO_DROPOUT, "batchSize": 32}
         return made
 
     jobs.apply(same("alone"), same("pair", numNodes=2))
@@ -47,7 +47,7 @@ def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Pa
 
 
 def test_one_of_two_pods_lost_both_start_anew(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "pair", epochs=3, trainer=trainer(numNodes=2, env=[{"name": "OMP_NUM_THREADS", "value": "1"}])))
+    jobs.apply(job(jobs, "pair", trainer=trainer(numNodes=2, env=[{"name": "OMP_NUM_THREADS", "value": "1"}])))
     saved = wait_checkpoint(jobs, "pair")
     second = next(p["metadata"]["name"] for p in jobs.list("pods") if p["metadata"]["name"].startswith("pair-1-1-"))
     installed.kubectl("-n", jobs.namespace, "delete", "pod", second, "--wait=false")
@@ -78,7 +78,7 @@ def test_an_unmodified_hugging_face_trainer_reports_progress(installed: World, j
 
 
 def test_a_queue_admits_the_job_as_kueue_does(installed: World, jobs: Jobs) -> None:
-    made = job(jobs, "queued", epochs=1)
+    made = job(jobs, "queued")
     made["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "team"}
     jobs.apply(made)
     child = wait(lambda: next((j for j in jobs.list("jobs") if j["metadata"]["name"] == "queued-1"), None), "the child Job")

@@ -8,6 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
+from support.models import tiny_classifier, write_split
 from testcluster import S3Server, binaries, images, sandbox
 from testcluster.cluster import Cluster
 from testcluster.node import ADDRESS, Node
@@ -97,6 +99,11 @@ class World:
                 client.create_bucket(Bucket=bucket)
         for file in (path for path in mirror.rglob("*") if path.is_file()):
             client.upload_file(str(file), MODELS, str(file.relative_to(mirror)))
+        with tempfile.TemporaryDirectory() as folder:
+            for file in tiny_classifier(Path(folder) / "model").iterdir():
+                client.upload_file(str(file), MODELS, f"tiny/{file.name}")
+            for split, rows in (("train", 600), ("validation", 60)):
+                client.upload_file(str(write_split(Path(folder) / f"{split}.csv", rows, seed=rows)), DATA, f"tiny/{split}.csv")
         for file in (ROOT / "examples/customer-feedback/data").glob("*.csv"):
             client.upload_file(str(file), DATA, f"data/{file.name}")
 
