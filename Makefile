@@ -51,8 +51,8 @@ images: $(VENV)/dev.stamp ## builds the operator's and the trainer's image with 
 cluster-down: $(VENV)/dev.stamp ## stops what `make cluster` started
 	$(BIN)/python -m testcluster down
 
-generate: $(VENV)/dev.stamp ## writes the CRDs, the chart's copy and the reference docs from the models
-	$(BIN)/python -m finetune_api.generate
+generate: $(VENV)/dev.stamp ## writes the CRDs, the chart's schema and the reference docs from their sources
+	$(BIN)/python hack/generator/generate.py
 
 # The hashes make a changed package an error; the stamps make a second run instant.
 $(VENV)/uv.stamp: requirements/bootstrap.txt requirements/build.txt

@@ -21,7 +21,7 @@ from finetune_api.names import GROUP, KIND_JOB, PLURAL_JOB, VERSION
 Schema = dict[str, Any]
 
 CRD_NAME = f"{PLURAL_JOB}.{GROUP}"
-HEADER = "# Generated from crds/finetune_api by `make generate` (python -m finetune_api.generate); do not edit.\n"
+HEADER = "# Generated from crds/finetune_api by `make generate`; do not edit.\n"
 
 PRINTER_COLUMNS: tuple[Schema, ...] = (
     {"name": "State", "type": "string", "jsonPath": ".status.state", "description": "What the job does now."},
@@ -229,6 +229,12 @@ def _sets(schema: Schema, path: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- the CRD --
+def structural_schema(model: type[Model]) -> Schema:
+    """The structural schema of a model that is no resource by itself."""
+    raw = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_Generator)
+    return structural(raw, raw.pop("$defs", {}), model.__name__)
+
+
 def schema() -> Schema:
     """The structural schema of FineTuneJob."""
     raw = FineTuneJob.model_json_schema(by_alias=True, mode="validation", schema_generator=_Generator)

@@ -14,7 +14,7 @@ from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
 from finetune_api.placement import Placement
 from finetune_api.recipe import Recipe
 
-_GENERATED = "<!-- Generated from crds/finetune_api by `make generate` (python -m finetune_api.generate); do not edit. -->\n"
+_GENERATED = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -->\n"
 
 
 def resource_page() -> str:

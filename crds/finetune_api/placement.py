@@ -258,7 +258,7 @@ class TrainerPlacement(Model):
     """The trainer's container."""
 
     image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = None
-    """Image with the trainer. Default: the operator's --trainer-image."""
+    """Image with the trainer. Default: the operator's (chart value jobDefaults.image)."""
     command: Annotated[list[Argument], Field(max_length=64)] = []
     """Runs this in place of our trainer: a script of yours, in an image of yours. It may report progress as Kubeflow's TrainJob
     does (Hugging Face's Trainer does so by itself); an exit code of 0 is success. SIGTERM asks it to save and end."""

@@ -8,6 +8,10 @@ import socket
 import sys
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from finetune_api import JobDefaults
+from finetune_api.manifest import explain
 from finetune_operator import __version__
 from finetune_operator.control import preflight
 from finetune_operator.control.app import Options, run
@@ -44,6 +48,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _defaults(text: str) -> JobDefaults:
+    try:
+        return JobDefaults.model_validate_json(text or "{}", strict=True)
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError("; ".join(explain(error))) from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m finetune_operator", description="Runs FineTuneJobs as trainer pods.")
@@ -54,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--progress-bind", type=_address, default=("0.0.0.0", 8443), help="address of the progress server")  # noqa: S104
     add("--metrics-bind", type=_address, default=("0.0.0.0", 8080), help="address of /metrics, /healthz, /readyz")  # noqa: S104
     add("--tls-secret", default="finetune-operator-progress", help="Secret that keeps the progress server's CA")
+    add("--tls-dir", type=Path, help="folder with ca.crt, tls.crt and tls.key to use in place of that CA (cert-manager)")
     add("--own-namespace", default=os.environ.get("POD_NAMESPACE", "default"), help="namespace of that Secret and of the Lease")
     add("--lease", default="", help="Lease that lets one of several operators write (default: none, this is the only one)")
     add("--lease-seconds", type=_count, default=15, help="how long the others wait for a leader that is silent")
@@ -65,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--restart-backoff-seconds", type=_positive, default=10.0, help="wait before the first counted restart; doubles each time"
     )
     add("--model-mirror", help="where trainers look hf:// models up first: a folder in the pod or an s3:// prefix")
+    add("--job-defaults", type=_defaults, default=JobDefaults(), metavar="JSON", help="what jobs get that say nothing themselves")
     add("--kubeconfig", type=Path, help="default: KUBECONFIG, then the pod's ServiceAccount")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least severity that is logged")
     add("--log-format", choices=("text", "json"), default="text", help="style of log lines")

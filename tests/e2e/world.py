@@ -82,8 +82,8 @@ class World:
         return [
             f"--set=image.repository={repository}",
             f"--set=image.tag={tag}",
-            f"--set=trainer.image={self.trainer_image}",
-            f"--set=trainer.modelMirror=s3://{MODELS}",
+            f"--set=jobDefaults.image={self.trainer_image}",
+            f"--set=jobDefaults.modelMirror=s3://{MODELS}",
         ]
 
     def operator_logs(self) -> str:

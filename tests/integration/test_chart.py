@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections import defaultdict
@@ -13,11 +14,15 @@ import chart
 import pytest
 import yaml
 
+from finetune_api.names import LABEL_JOB
 from finetune_operator.__main__ import build_parser
 from finetune_operator.kube.permissions import PERMISSIONS, Scope
-from testcluster import Cluster
+from finetune_operator.observe.metrics import Metrics
+from integration.jobs import Jobs, manifest, wait
+from testcluster import Cluster, binaries, gobuild
 
 Object = dict[str, Any]
+ROOT = Path(__file__).parents[2]
 
 VALUES: dict[str, Object] = {
     "defaults": {},
@@ -25,11 +30,44 @@ VALUES: dict[str, Object] = {
     "own-account": {"serviceAccount": {"create": False, "name": "default"}},
     "no-rbac": {"rbac": {"create": False, "aggregate": False}},
     "no-crds": {"crds": {"install": False}},
+    "three-replicas": {"replicas": 3},
+    "cert-manager": {"progressTLS": {"certManager": {"enabled": True, "issuerRef": {"name": "ca", "kind": "ClusterIssuer"}}}},
+    "network-policy": {"networkPolicy": {"enabled": True}},
+    "network-policy-of-two": {
+        "watchNamespaces": ["team-a", "team-b"],
+        "networkPolicy": {"enabled": True, "metricsFrom": []},
+    },
+    "service-monitor": {
+        "metrics": {
+            "serviceMonitor": {"enabled": True, "labels": {"release": "kube-prometheus"}},
+            "prometheusRule": {"enabled": True},
+            "dashboards": {"enabled": True},
+        }
+    },
     "everything": {
         "fullnameOverride": "tuner",
         "image": {"repository": "example.com/team/operator", "tag": "1.2.3", "pullPolicy": "Always"},
         "imagePullSecrets": ["pull-a", "pull-b"],
-        "trainer": {"image": "example.com/team/trainer:9", "modelMirror": "s3://mirror/models"},
+        "replicas": 2,
+        "jobDefaults": {
+            "image": "example.com/team/trainer:9",
+            "modelMirror": "s3://mirror/models",
+            "queueName": "gpus",
+            "env": [{"name": "AWS_ENDPOINT_URL", "value": "https://s3.example.com"}, {"name": "ODD", "value": "$(X) \"'"}],
+            "envFrom": [{"secretRef": {"name": "s3-credentials"}}],
+            "podTemplate": {
+                "metadata": {"labels": {"cost": "ml"}},
+                "spec": {
+                    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+                    "imagePullSecrets": [{"name": "pull"}],
+                    "volumes": [{"name": "ca", "configMap": {"name": "ca-bundle"}}],
+                    "volumeMounts": [{"name": "ca", "mountPath": "/etc/ca"}],
+                },
+            },
+        },
+        "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+        "networkPolicy": {"enabled": True},
+        "metrics": {"podMonitor": {"enabled": True, "interval": "1m"}, "prometheusRule": {"enabled": True, "labels": {"a": "b"}}},
         "log": {"level": "warning", "format": "json"},
         "watchNamespaces": ["default"],
         "serviceAccount": {"annotations": {"example.com/role": "tuner"}},
@@ -61,6 +99,25 @@ def values_keys(values: Object, path: str = "") -> set[str]:
     }
 
 
+PEERS = {  # where the kinds come from that the chart makes for other projects
+    ("github.com/cert-manager/cert-manager", "v1.19.0"): ["deploy/crds/cert-manager.io_certificates.yaml"],
+    ("github.com/prometheus-operator/prometheus-operator", "v0.85.0"): [
+        f"example/prometheus-operator-crd/monitoring.coreos.com_{kind}.yaml"
+        for kind in ("servicemonitors", "podmonitors", "prometheusrules")
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def peers(cluster: Cluster) -> None:
+    """The CRDs of cert-manager and of the Prometheus operator."""
+    for (module, version), files in PEERS.items():
+        folder = gobuild.module_folder(module, version, binaries.cache_dir())
+        for file in files:
+            cluster.kubectl("apply", "--server-side", "-f", str(folder / file))
+            cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(folder / file))
+
+
 # ---------------------------------------------------------------------------------------------------------- values --
 def test_helm_lint_is_clean(helm_binary: Path) -> None:
     done = subprocess.run([str(helm_binary), "lint", "--strict", str(chart.CHART)], capture_output=True, text=True, check=False)
@@ -69,7 +126,11 @@ def test_helm_lint_is_clean(helm_binary: Path) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
-def test_every_rendering_is_taken_by_the_api_server(cluster: Cluster, helm_binary: Path, namespace: str, values: Object) -> None:
+def test_every_rendering_is_taken_by_the_api_server(
+    cluster: Cluster, peers: None, helm_binary: Path, namespace: str, values: Object
+) -> None:
+    for watched in values.get("watchNamespaces", []):
+        cluster.kubectl("create", "namespace", watched, check=False)
     objects = chart.render(helm_binary, namespace, values)
     everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
     done = cluster.kubectl(
@@ -83,13 +144,21 @@ def test_every_rendering_is_taken_by_the_api_server(cluster: Cluster, helm_binar
     [
         ({"wachNamespaces": ["a"]}, "wachNamespaces"),
         ({"image": {"repo": "x"}}, "repo"),
-        ({"trainer": {"modelmirror": "s3://a/b"}}, "modelmirror"),
+        ({"jobDefaults": {"modelmirror": "s3://a/b"}}, "modelmirror"),
+        ({"jobDefaults": {"podTemplate": {"spec": {"hostNetwork": True}}}}, "hostNetwork"),
+        ({"jobDefaults": {"env": [{"name": "A", "valeu": "x"}]}}, "valeu"),
+        ({"jobDefaults": {"queueName": "my queue"}}, "queueName"),
+        ({"progressTLS": {"certManager": {"enabled": True}}}, "issuerRef.name"),
+        ({"metrics": {"serviceMonitor": {"interval": "30"}}}, "interval"),
+        ({"networkPolicy": True}, "networkPolicy"),
+        ({"replicas": 0}, "replicas"),
+        ({"replicas": "2"}, "replicas"),
+        ({"extraEnv": {"A": "b"}}, "extraEnv"),
         ({"rbac": {"enabled": True}}, "enabled"),
         ({"image": {"pullPolicy": "Sometimes"}}, "pullPolicy"),
         ({"watchNamespaces": "default"}, "watchNamespaces"),
         ({"watchNamespaces": ["Team A"]}, "watchNamespaces"),
-        ({"trainer": {"modelMirror": "models"}}, "modelMirror"),
-        ({"replicas": 2}, "replicas"),
+        ({"jobDefaults": {"modelMirror": "models"}}, "modelMirror"),
         ({"log": {"level": "loud"}}, "level"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
@@ -109,13 +178,15 @@ def test_every_value_has_a_schema_a_default_and_a_comment() -> None:
             key for k, v in node.get("properties", {}).items() for key in known(v, f"{path}{k}.")
         }
 
-    free = {"resources.requests", "resources.limits", "resources.claims", "global"}
-    defaults = {k for k in values_keys(yaml.safe_load(text)) if not k.startswith("resources.")}
-    assert known(schema) - free == defaults
+    def free(key: str) -> bool:
+        """Below these, what may be said is Kubernetes' own."""
+        return key == "global" or key.startswith(("resources.", "jobDefaults.podTemplate.", "metrics.dashboards.labels."))
+
+    assert {k for k in known(schema) if not free(k)} == {k for k in values_keys(yaml.safe_load(text)) if not free(k)}
     lines = text.splitlines()
     for i, line in enumerate(lines):
         # A value is a key with something behind it; a key that only opens a group explains itself.
-        if re.match(r"^( {2})?[a-zA-Z]+: \S", line):
+        if re.match(r"^ *[a-zA-Z]+: \S", line) and not line.startswith("    cpu") and "memory:" not in line:
             assert lines[i - 1].strip().startswith("#"), f"values.yaml:{i + 1} {line!r} has no comment"
 
 
@@ -123,7 +194,8 @@ def test_every_value_has_a_schema_a_default_and_a_comment() -> None:
 def rules_of(objects: list[Object], namespace: str, watched: list[str]) -> dict[tuple[str, str, str], set[str]]:
     """(scope, group, resource) -> verbs that the operator's ServiceAccount has by the rendered roles."""
     granted: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    cluster_wide = {"tokenreviews"}
+    by_name = {p.resource: p.name for p in PERMISSIONS}
+    cluster_wide = {"tokenreviews", "customresourcedefinitions"}
     for binding in (o for o in objects if o["kind"] in ("ClusterRoleBinding", "RoleBinding")):
         [subject] = binding["subjects"]
         assert (subject["name"], subject["namespace"]) == (chart.SERVICE_ACCOUNT, namespace)
@@ -134,14 +206,15 @@ def rules_of(objects: list[Object], namespace: str, watched: list[str]) -> dict[
         for rule in role["rules"]:
             for group in rule["apiGroups"]:
                 for resource in rule["resources"]:
-                    if "resourceNames" in rule:
+                    if where is None and resource in cluster_wide:
+                        assert rule.get("resourceNames", [""]) == [by_name[resource]]
+                        scope = Scope.CLUSTER
+                    elif "resourceNames" in rule:
                         assert where == namespace
                         assert rule["resourceNames"] == [chart.OWN_NAMES[resource]]
                         scope = Scope.OWN
                     elif where == namespace and resource == "leases":
                         scope = Scope.OWN_NEW
-                    elif where is None and resource in cluster_wide:
-                        scope = Scope.CLUSTER
                     else:
                         assert where in (watched or [None])
                         scope = Scope.WATCHED
@@ -177,8 +250,8 @@ def test_the_token_has_these_rights_and_no_others(cluster: Cluster, helm_binary:
         resource, _, sub = p.resource.partition("/")
         target = f"{resource}.{p.group}" if p.group else resource
         args = [f"--subresource={sub}"] if sub else []
-        if p.scope is Scope.OWN:
-            target += f"/{chart.OWN_NAMES[p.resource]}"
+        if name := chart.OWN_NAMES[p.resource] if p.scope is Scope.OWN else p.name:
+            target += f"/{name}"
         own = p.scope in (Scope.OWN, Scope.OWN_NEW)
         scope = [] if p.scope is Scope.CLUSTER else ["-n", namespace if own else "default"]
         for verb in p.verbs:
@@ -199,6 +272,8 @@ def test_the_token_has_these_rights_and_no_others(cluster: Cluster, helm_binary:
         ("delete", "services"),
         ("get", "leases.coordination.k8s.io/other"),
         ("list", "leases.coordination.k8s.io"),
+        ("get", "customresourcedefinitions.apiextensions.k8s.io/others.example.com"),
+        ("patch", "customresourcedefinitions.apiextensions.k8s.io/finetunejobs.finetune.dev"),
     ):
         assert not may(cluster, kubeconfig, verb, target, "-n", namespace), f"{verb} {target}"
 
@@ -270,11 +345,19 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
         "--progress-bind=0.0.0.0:8443",
         "--metrics-bind=0.0.0.0:8080",
         f"--tls-secret={one(objects, 'Secret')['metadata']['name']}",
+        "--lease=tuner",
         "--log-level=warning",
         "--log-format=json",
         "--model-mirror=s3://mirror/models",
+        container["args"][10],
         "--namespace=default",
     ]
+    flag, _, defaults = container["args"][10].partition("=")
+    assert flag == "--job-defaults"
+    # What the kubelet does with "$$(".
+    expected = {k: v for k, v in VALUES["everything"]["jobDefaults"].items() if k not in ("image", "modelMirror")}
+    assert json.loads(defaults.replace("$$(", "$(")) == expected
+    assert container["env"][-1] == VALUES["everything"]["extraEnv"][0]
     ports = {p["name"]: p["containerPort"] for p in container["ports"]}
     assert {p["targetPort"]: p["port"] for p in service["spec"]["ports"]} == ports == {"progress": 8443, "metrics": 8080}
     labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
@@ -285,13 +368,74 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
 def test_the_operator_takes_the_arguments(helm_binary: Path, values: Object) -> None:
     container = operator_container(chart.render(helm_binary, "ops", values))
     assert container["command"] == ["python", "-m", "finetune_operator"]
-    given = [a.replace("$(POD_NAMESPACE)", "ops") for a in container["args"]]
+    given = [a.replace("$(POD_NAMESPACE)", "ops").replace("$$(", "$(") for a in container["args"]]
     options = build_parser().parse_args(given)
     assert options.own_namespace == "ops"
     assert options.namespaces == values.get("watchNamespaces", [])
 
 
-def test_install_upgrade_and_uninstall_keep_the_key_and_the_jobs(cluster: Cluster, helm_binary: Path, namespace: str) -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_disruption_budget_is_there_for_several_only(helm_binary: Path, replicas: int) -> None:
+    objects = chart.render(helm_binary, "ops", {"replicas": replicas})
+    deployment = one(objects, "Deployment")
+    assert deployment["spec"]["replicas"] == replicas
+    budgets = [o for o in objects if o["kind"] == "PodDisruptionBudget"]
+    assert len(budgets) == (replicas > 1)
+    for budget in budgets:
+        selected = budget["spec"]["selector"]["matchLabels"].items()
+        assert selected <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    names = {e["name"]: e["valueFrom"]["fieldRef"]["fieldPath"] for e in operator_container(objects)["env"]}
+    assert names == {"POD_NAMESPACE": "metadata.namespace", "POD_NAME": "metadata.name", "POD_IP": "status.podIP"}
+
+
+def test_with_cert_manager_the_operator_has_no_secret(helm_binary: Path) -> None:
+    objects = chart.render(helm_binary, "ops", VALUES["cert-manager"])
+    assert not [o for o in objects if o["kind"] == "Secret"]
+    assert "secrets" not in {resource for _, _, resource in rules_of(objects, "ops", [])}
+    certificate = one(objects, "Certificate")
+    [volume] = [v for v in one(objects, "Deployment")["spec"]["template"]["spec"]["volumes"] if "secret" in v]
+    assert volume["secret"]["secretName"] == certificate["spec"]["secretName"]
+    container = operator_container(objects)
+    mounted = next(m["mountPath"] for m in container["volumeMounts"] if m["name"] == volume["name"])
+    assert f"--tls-dir={mounted}" in container["args"]
+    assert not [a for a in container["args"] if a.startswith("--tls-secret")]
+    [url] = [a for a in container["args"] if a.startswith("--progress-url=")]
+    assert url.split("//")[1].split(":")[0] in certificate["spec"]["dnsNames"]
+
+
+def test_the_network_policy_lets_trainers_and_operators_in(helm_binary: Path) -> None:
+    objects = chart.render(helm_binary, "ops", VALUES["network-policy-of-two"])
+    template, policy = one(objects, "Deployment")["spec"]["template"], one(objects, "NetworkPolicy")["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    [progress] = policy["ingress"]  # nobody may read the metrics: metricsFrom is empty
+    assert progress["ports"] == [{"port": "progress"}]
+    trainers, operators = progress["from"]
+    assert trainers["podSelector"]["matchExpressions"] == [{"key": LABEL_JOB, "operator": "Exists"}]
+    assert trainers["namespaceSelector"]["matchExpressions"][0]["values"] == ["team-a", "team-b"]
+    assert operators == {"podSelector": policy["podSelector"]}
+
+
+def test_monitors_and_dashboards_speak_of_metrics_that_exist(helm_binary: Path) -> None:
+    objects = chart.render(helm_binary, "ops", VALUES["service-monitor"])
+    service, monitor = one(objects, "Service"), one(objects, "ServiceMonitor")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert {e["port"] for e in monitor["endpoints"]} <= {p["name"] for p in service["spec"]["ports"]}
+    there = {sample for family in Metrics().registry.collect() for sample in (family.name, f"{family.name}_total")}
+    said: list[str] = []
+    for group in one(objects, "PrometheusRule")["spec"]["groups"]:
+        said += [rule["expr"] for rule in group["rules"]]
+        for rule in group["rules"]:
+            assert (ROOT / f"docs/runbooks/{rule['alert']}.md").is_file(), "an alert without a runbook"
+    for text in one(objects, "ConfigMap")["data"].values():
+        said += [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
+    assert len(said) > 5
+    for name in re.findall(r"finetune_[a-z_]+", " ".join(said)):
+        assert name.removesuffix("_bucket") in there, f"{name} is no metric of the operator"
+
+
+def test_install_upgrade_rollback_and_uninstall_keep_the_key_and_the_jobs(
+    cluster: Cluster, helm_binary: Path, namespace: str, tmp_path: Path
+) -> None:
     def helm(verb: str, *args: str) -> None:
         command = [str(helm_binary), verb, "tuner", *args, "-n", namespace, "--kubeconfig", str(cluster.kubeconfig)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -302,16 +446,38 @@ def test_install_upgrade_and_uninstall_keep_the_key_and_the_jobs(cluster: Cluste
         value: str | None = (json.loads(got.stdout).get("data") or {}).get("tls.key")
         return value
 
+    def made(name: str) -> Object:
+        found: Object = Jobs(cluster, namespace).get(name)
+        return {"spec": found["spec"], **{k: found["metadata"][k] for k in ("uid", "generation")}}
+
     # Other tests of this session have applied the CRD already.
     helm("install", str(chart.CHART), "--take-ownership")
     assert key() is None
     ours = base64.b64encode(b"made by the operator").decode()
     patch = json.dumps({"data": {"tls.key": ours}})
     cluster.kubectl("patch", "secret", "tuner-finetune-operator-progress-tls", "-n", namespace, "--type=merge", "-p", patch)
-    helm("upgrade", str(chart.CHART), "--set", "podLabels.team=ml")
-    assert key() == ours
+    jobs = Jobs(cluster, namespace)
+    jobs.apply(manifest("old", suspend=True))
+    before = made("old")
+
+    # The next version adds a field.
+    newer = Path(shutil.copytree(chart.CHART, tmp_path / "newer"))
+    [file] = newer.glob("files/crds/finetunejobs*")
+    crd = yaml.safe_load(file.read_text(encoding="utf-8"))
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    schema["spec"]["properties"]["newField"] = {"type": "string"}
+    file.write_text(yaml.safe_dump(crd), encoding="utf-8")
+    helm("upgrade", str(newer), "--set", "podLabels.team=ml")
+    assert (key(), made("old")) == (ours, before)
+    wait(lambda: not cluster.kubectl("explain", "ftj.spec.newField", check=False).returncode, "the new field")
+    jobs.apply(manifest("new", suspend=True, newField="x"))
+    assert made("new")["spec"]["newField"] == "x"
+
+    helm("rollback", "1")
+    assert (key(), made("old")) == (ours, before)
+    wait(lambda: "newField" not in made("new")["spec"], "the field to go with its version")
     helm("uninstall")
-    assert key() == ours
-    crd = json.loads(cluster.kubectl("get", "crd", "finetunejobs.finetune.dev", "-o", "json").stdout)
-    assert crd["metadata"].get("deletionTimestamp") is None
+    assert (key(), made("old")) == (ours, before)
+    found = json.loads(cluster.kubectl("get", "crd", "finetunejobs.finetune.dev", "-o", "json").stdout)
+    assert found["metadata"].get("deletionTimestamp") is None
     assert cluster.kubectl("get", "deployments", "-n", namespace, "-o", "name").stdout == ""

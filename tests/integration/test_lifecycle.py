@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api import crd
 from integration.jobs import Jobs, manifest, wait
 from testcluster import (
     Cluster,
@@ -292,5 +293,17 @@ def test_the_preflight_says_what_is_missing(cluster: Cluster, operator: Operator
     with Cluster() as empty:
         command[command.index(f"--kubeconfig={stranger}")] = f"--kubeconfig={empty.kubeconfig}"
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        old = crd.crd()
+        trainer = old["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["trainer"][
+            "properties"
+        ]
+        del trainer["serviceAccountName"], trainer["podTemplate"]["properties"]["spec"]["properties"]["affinity"]
+        empty.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(old))
+        empty.kubectl("wait", "--for=condition=Established", "--timeout=30s", f"crd/{crd.CRD_NAME}")
+        outdated = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1
     assert "The CRD finetunejobs.finetune.dev is not installed" in done.stderr
+    assert outdated.returncode == 1
+    said = "does not know spec.trainer.podTemplate.spec.affinity, spec.trainer.serviceAccountName, and would drop them"
+    assert said in outdated.stderr
+    assert "Traceback" not in outdated.stderr

@@ -187,7 +187,7 @@ async def test_operators_that_start_at_once_share_one_ca(api: AioCluster, namesp
     found = await asyncio.gather(*(tls.load_ca(api, namespace, "progress") for _ in range(6)))
     assert len(set(found)) == 1, "each would serve pods that do not trust it"
     assert await tls.load_ca(api, namespace, "progress") == found[0]
-    assert isinstance(tls.server_context(*found[0], ["progress"]), ssl.SSLContext)
+    assert isinstance(tls.own_identity(*found[0], ["progress"]).context, ssl.SSLContext)
 
 
 async def test_without_the_secret_nothing_is_made(api: AioCluster, namespace: str) -> None:

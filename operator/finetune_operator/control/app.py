@@ -13,6 +13,7 @@ import kopf
 from aiohttp import web
 from kubernetes.aio.client import Configuration
 
+from finetune_api import JobDefaults
 from finetune_operator.control import http, preflight, tls, watch
 from finetune_operator.control.progress import ProgressServer
 from finetune_operator.control.queue import WorkQueue
@@ -40,6 +41,8 @@ class Options:
     progress_url: str
     metrics_bind: tuple[str, int]
     tls_secret: str
+    tls_dir: Path | None
+    """Certificates that somebody else makes; without it the operator makes its own CA in `tls_secret`."""
     own_namespace: str
     lease: str
     """Name of the Lease in the own namespace; empty: this is the only operator."""
@@ -50,6 +53,7 @@ class Options:
     resync_seconds: float
     restart_backoff_seconds: float
     model_mirror: str | None
+    job_defaults: JobDefaults
     kubeconfig: Path | None
 
 
@@ -70,26 +74,28 @@ async def run(options: Options) -> None:
     cluster = AioCluster(configuration, count, leadership.remaining)
     metrics.leader.set_function(lambda: float(leadership.remaining() > 0))
     try:
-        ca, ca_key = await _prepare(options, unfenced)
+        host = str(urlparse(options.progress_url).hostname)
+        identity = await _prepare(options, unfenced, host)
         settings = Settings(
             trainer_image=options.trainer_image,
             progress_url=options.progress_url,
-            progress_ca=ca.decode(),
+            progress_ca=identity.ca.decode(),
             model_mirror=options.model_mirror,
+            defaults=options.job_defaults,
             restart_backoff_seconds=options.restart_backoff_seconds,
         )
         queue: WorkQueue[Key] = WorkQueue(metrics)
         reconciler = Reconciler(cluster, settings, queue, metrics)
         listed = asyncio.Event()
-        host = str(urlparse(options.progress_url).hostname)
-        forwarder = Forwarder(leadership, ca, host, metrics)
+        stop = asyncio.Event()
+        forwarder = Forwarder(leadership, identity.ca, host, metrics)
         progress = ProgressServer(cluster, reconciler, queue, metrics).app(forwarder.middleware)
-        progress.cleanup_ctx.append(forwarder.session)
+        progress.cleanup_ctx.extend((forwarder.session, identity.kept(stop)))
         async with (
             _serve(http.build_app(metrics, reconciler, queue, listed, leadership), options.metrics_bind),
-            _serve(progress, options.progress_bind, tls.server_context(ca, ca_key, [host, "localhost", "127.0.0.1"])),
+            _serve(progress, options.progress_bind, identity.context),
         ):
-            await _until_stopped(options, queue, reconciler, configuration, listed, leadership)
+            await _until_stopped(options, queue, reconciler, configuration, listed, leadership, stop)
     finally:
         await asyncio.gather(cluster.close(), unfenced.close())
 
@@ -103,15 +109,22 @@ def _leadership(options: Options, cluster: AioCluster) -> Leadership:
     return Elector(cluster, options.own_namespace, options.lease, candidate)
 
 
-async def _prepare(options: Options, cluster: AioCluster) -> tuple[bytes, bytes]:
-    """The CA's certificate and key, when everything is there that the operator needs; else preflight.NotReady."""
-    own_objects = {"secrets": options.tls_secret} | ({"leases": options.lease} if options.lease else {})
+async def _prepare(options: Options, cluster: AioCluster, host: str) -> tls.Identity:
+    """The progress server's certificate, when everything is there that the operator needs; else preflight.NotReady."""
+    own_objects = {"leases": options.lease} if options.lease else {}
+    if not options.tls_dir:
+        own_objects["secrets"] = options.tls_secret
     await preflight.check(cluster, options.namespaces, options.own_namespace, own_objects)
     try:
-        return await tls.load_ca(cluster, options.own_namespace, options.tls_secret)
+        if options.tls_dir:
+            return tls.files_identity(options.tls_dir)
+        ca = await tls.load_ca(cluster, options.own_namespace, options.tls_secret)
+    except tls.UnusableFilesError as error:
+        raise preflight.NotReady(f"--tls-dir: {error}") from error
     except port.NotFound as error:
         place = f"{options.own_namespace}/{options.tls_secret}"
         raise preflight.NotReady(f"The Secret {place} does not exist: create it empty (the chart does).") from error
+    return tls.own_identity(*ca, [host, "localhost", "127.0.0.1"])
 
 
 class _serve:  # noqa: N801  (used as a function: `async with _serve(app, address):`)
@@ -135,9 +148,9 @@ async def _until_stopped(
     configuration: Configuration,
     listed: asyncio.Event,
     leadership: Leadership,
+    stop: asyncio.Event,
 ) -> None:
     """A standby first, then the leader; never a standby again: who loses the lease ends."""
-    stop = asyncio.Event()
     _take_signals(stop)
     try:
         if await _elected(leadership, stop):

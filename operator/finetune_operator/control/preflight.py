@@ -2,7 +2,7 @@
 
 import asyncio
 
-from finetune_api import names
+from finetune_api import crd, names
 from finetune_operator.kube import port
 from finetune_operator.kube.permissions import PERMISSIONS, Permission, Scope
 from finetune_operator.kube.port import JOBS, Cluster
@@ -18,11 +18,18 @@ async def check(cluster: Cluster, namespaces: list[str], own_namespace: str, own
         await cluster.discover("/version")
         await _crd(cluster)
         missing = await _missing_rights(cluster, namespaces, own_namespace, own_objects)
+        unknown = [] if missing else await _unknown_fields(cluster)
     except port.ApiError as error:
         raise NotReady(f"The API server at hand cannot be used: {error.message}") from error
     if missing:
         raise NotReady(
             f"The operator's account lacks rights: {'; '.join(missing)}. Install the chart's roles (helm upgrade --install) and start again."
+        )
+    if unknown:
+        listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise NotReady(
+            f"The CRD {crd.CRD_NAME} is older than this operator: it does not know {listed}, and would drop them without a word. "
+            "Upgrade it (helm upgrade with crds.install=true, or kubectl apply -f crds/) and start again."
         )
 
 
@@ -37,6 +44,21 @@ async def _crd(cluster: Cluster) -> None:
         raise NotReady(f"The CRD {JOBS.plural}.{names.GROUP} does not serve {JOBS.version} with a status: {install}")
 
 
+async def _unknown_fields(cluster: Cluster) -> list[str]:
+    """Fields of our schema that the one in the cluster lacks; the other way round (a newer CRD) does no harm."""
+    served = await cluster.discover(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd.CRD_NAME}")
+    schema = next(v["schema"]["openAPIV3Schema"] for v in served["spec"]["versions"] if v["name"] == JOBS.version)
+    return sorted(_paths(crd.schema()) - _paths(schema))
+
+
+def _paths(schema: port.Object, path: str = "") -> set[str]:
+    found: set[str] = set()
+    for name, child in schema.get("properties", {}).items():
+        here = f"{path}.{name}" if path else name
+        found |= {here} | _paths(child, here) | _paths(child.get("items", {}), f"{here}[]")
+    return found
+
+
 async def _missing_rights(cluster: Cluster, namespaces: list[str], own_namespace: str, own_objects: dict[str, str]) -> list[str]:
     asked: list[tuple[Permission, str, str | None, str]] = []
     for permission in PERMISSIONS:
@@ -46,7 +68,7 @@ async def _missing_rights(cluster: Cluster, namespaces: list[str], own_namespace
             places = [own_namespace] if permission.resource in own_objects else []
         else:
             places = list(namespaces) or [None]
-        name = own_objects.get(permission.resource, "") if permission.scope is Scope.OWN else ""
+        name = own_objects.get(permission.resource, "") if permission.scope is Scope.OWN else permission.name
         asked.extend((permission, verb, place, name) for place in places for verb in permission.verbs)
     answers = await asyncio.gather(*(_allowed(cluster, *question) for question in asked))
     return [

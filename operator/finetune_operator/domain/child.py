@@ -7,7 +7,7 @@ in docs/architecture.md.
 from typing import Any
 
 from finetune_api import FineTuneJob, names
-from finetune_api.failures import BY_EXIT_CODE
+from finetune_api.failures import BY_EXIT_CODE, BY_REASON
 from finetune_operator.domain.types import Object, Settings
 
 TOKEN_FILE = f"{names.PROGRESS_DIR}/token"
@@ -111,12 +111,14 @@ def build_child(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
 
 
 def _failure_rules() -> list[Object]:
-    # Rules that match put the cause into the Job's condition, where it stays when the pod is gone.
+    # Rules that match put the cause into the Job's condition, where it stays when the pod is gone. A pod that was asked to end is none of
+    # them: it is one that Kueue ends by suspending the Job, and the Job controller would fail the Job for it.
+    codes = sorted(BY_EXIT_CODE.keys() - {BY_REASON["Interrupted"].exit_code})
     return [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {
             "action": "FailJob",
-            "onExitCodes": {"containerName": names.CONTAINER, "operator": "In", "values": sorted(BY_EXIT_CODE)},
+            "onExitCodes": {"containerName": names.CONTAINER, "operator": "In", "values": codes},
         },
     ]
 

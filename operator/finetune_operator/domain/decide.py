@@ -11,6 +11,7 @@ crash at any line, and come to the same end. Three invariants:
 from datetime import datetime, timedelta
 
 from finetune_api import FineTuneJob, names
+from finetune_api.defaults import with_defaults
 from finetune_api.manifest import ManifestError, parse_job
 from finetune_api.names import Condition, Reason, State
 from finetune_api.report import Outcome
@@ -38,9 +39,15 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Decision:
     try:
         job = parse_job({k: raw[k] for k in ("apiVersion", "kind", "metadata", "spec")})
     except ManifestError as error:
+        said = "; ".join(error.problems)
+        if old.get("attempt"):
+            # It was understood when it started: this operator is older than the one that did. What trains goes on.
+            return Decision(
+                status=old, actions=(Event("Warning", "NotUnderstood", f"Upgrade the operator. It knows no: {said}"),)
+            )
         # The CRD refuses this; a CRD of another version may not.
-        return _fail(draft, "RecipeInvalid", "; ".join(error.problems), [])
-    return _Reconcile(job, observed, now, settings, draft).decide()
+        return _fail(draft, "RecipeInvalid", said, [])
+    return _Reconcile(with_defaults(job, settings.defaults), observed, now, settings, draft).decide()
 
 
 def _fail(draft: StatusDraft, reason: str, message: str, actions: list[Action]) -> Decision:

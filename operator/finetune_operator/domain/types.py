@@ -4,10 +4,11 @@
 Objects of the API server are plain dicts, as JSON has them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from finetune_api import JobDefaults
 from finetune_api.report import ProgressReport
 
 Object = dict[str, Any]
@@ -24,6 +25,8 @@ class Settings:
     """PEM of the CA that signed the progress server's certificate."""
     model_mirror: str | None = None
     """Value of FINETUNE_MODEL_MIRROR in every pod."""
+    defaults: JobDefaults = field(default_factory=JobDefaults)
+    """What a job that says nothing gets; the next attempt of a job that runs gets new ones."""
     restart_backoff_seconds: float = 10.0
     """Wait before the first counted restart; doubles with each, up to MAX_BACKOFF_SECONDS."""
 

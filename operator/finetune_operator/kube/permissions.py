@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from finetune_api.crd import CRD_NAME
+
 
 class Scope(StrEnum):
     """Where a right is needed."""
@@ -26,6 +28,8 @@ class Permission:
     resource: str
     scope: Scope
     why: str
+    name: str = ""
+    """The one object that it is about, where that is known."""
 
 
 PERMISSIONS: tuple[Permission, ...] = (
@@ -39,6 +43,14 @@ PERMISSIONS: tuple[Permission, ...] = (
     Permission(("get", "create"), "", "services", Scope.WATCHED, "the pods of a job with numNodes > 1 find each other by name"),
     Permission(("create",), "", "events", Scope.WATCHED, "to tell users what was done (kubectl describe)"),
     Permission(("create",), "authentication.k8s.io", "tokenreviews", Scope.CLUSTER, "to know which pod posts progress"),
+    Permission(
+        ("get",),
+        "apiextensions.k8s.io",
+        "customresourcedefinitions",
+        Scope.CLUSTER,
+        "to say at the start when it is older than the operator",
+        CRD_NAME,
+    ),
     Permission(("get", "patch"), "", "secrets", Scope.OWN, "the progress server's own CA, in one Secret by name"),
     Permission(
         ("get", "patch"), "coordination.k8s.io", "leases", Scope.OWN, "of several operators one writes: the Lease's holder"

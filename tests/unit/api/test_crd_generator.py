@@ -1,5 +1,6 @@
 """The generator of the CRD: nothing is lost on the way from model to schema, and what is checked in is what the models say."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,8 @@ import pytest
 import yaml
 from pydantic import Field
 
-from finetune_api import crd, generate
+import generate
+from finetune_api import crd
 from finetune_api.base import Cel, EachOnce, Model, Shape
 from finetune_api.finetunejob import ALWAYS_MUTABLE, MUTABLE_WHILE_SUSPENDED, FineTuneJobSpec
 from finetune_api.names import Condition
@@ -37,7 +39,9 @@ def test_generated_files_are_what_the_models_say() -> None:
 
 
 def test_check_names_the_file_that_is_out_of_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "crds" / "finetune_api").mkdir(parents=True)
+    for name in ("values.yaml", "values.schema.json"):
+        (tmp_path / generate.CHART).mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / generate.CHART / name, tmp_path / generate.CHART / name)
     assert generate.main(["--root", str(tmp_path)]) == 0
     assert generate.main(["--root", str(tmp_path), "--check"]) == 0
     (tmp_path / generate.CRD_FILE).write_text("old")

@@ -13,7 +13,7 @@ from finetune_api.failures import BY_REASON
 from finetune_api.report import ProgressReport
 from finetune_operator.domain.decide import decide
 from finetune_operator.domain.status import find_condition, is_finished, merge_evaluations, only_progress_differs
-from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, Observed, Progress, Settings
+from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, Event, Observed, Progress, Settings
 
 SETTINGS = Settings(
     trainer_image="trainer:1", progress_url="https://progress:8443", progress_ca="PEM", restart_backoff_seconds=10
@@ -205,6 +205,21 @@ def test_what_a_restart_cannot_cure_fails_at_once_with_the_trainers_sentence(rea
     assert world.condition("Failed")["message"] == "column label is missing in train.csv"
     assert world.condition("Complete")["status"] == "False"
     assert world.created == ["ft-1"]
+
+
+def test_a_job_that_a_newer_operator_began_is_left_alone() -> None:
+    world = running()
+    before = world.status
+    world.job["spec"]["fromTheFuture"] = 1
+    decision = world.look()
+    assert (decision.status, decision.finished) == (before, False)
+    [event] = decision.actions
+    assert isinstance(event, Event)
+    assert "fromTheFuture: unknown field" in event.message
+    # One that nobody has begun is told at once.
+    del world.job["status"]
+    assert world.reconcile().finished
+    assert world.condition("Failed")["reason"] == "RecipeInvalid"
 
 
 def test_max_restarts_with_backoff_then_failed_with_the_root_cause() -> None:

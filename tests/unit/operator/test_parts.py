@@ -45,7 +45,7 @@ def test_a_merge_patch_turns_old_into_new(old: dict[str, Any], new: dict[str, An
 def test_the_leaf_is_trusted_through_the_ca_and_for_its_names_only(tmp_path: Path) -> None:
     certificate, key = tls.make_ca()
     (tmp_path / "ca.crt").write_bytes(certificate)
-    server = tls.server_context(certificate, key, ["operator.ns.svc", "127.0.0.1"])
+    server = tls.own_identity(certificate, key, ["operator.ns.svc", "127.0.0.1"]).context
     client = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
     client.verify_flags |= ssl.VERIFY_X509_STRICT
     assert shake(client, server, "operator.ns.svc")

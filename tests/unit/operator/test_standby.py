@@ -64,7 +64,7 @@ async def pair(leaders_name: str = HOST, *, other_ca: bool = False) -> AsyncIter
     standby.cleanup_ctx.append(forwarder.session)
     standby.router.add_post("/v1/namespaces/{path:.*}", made.here)
     behind, front = TestServer(leader, scheme="https"), TestServer(standby)
-    await behind.start_server(ssl=tls.server_context(*(tls.make_ca() if other_ca else (certificate, key)), [leaders_name]))
+    await behind.start_server(ssl=tls.own_identity(*(tls.make_ca() if other_ca else (certificate, key)), [leaders_name]).context)
     await front.start_server()
     made.leadership.address, made.url = f"127.0.0.1:{behind.port}", f"http://127.0.0.1:{front.port}"
     try:
