@@ -42,8 +42,8 @@ else
 	env -u KUBECONFIG $(BIN)/python -m testcluster.sandbox $(BIN)/python -m pytest $(E2E)
 endif
 
-cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes API with the operator running; pods run as processes on this machine
-	$(BIN)/python -m testcluster up
+cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes with the operator: a real node as root, else (or with NODE=0) pods as processes
+	$(BIN)/python -m testcluster $(if $(filter 0,$(NODE)),up,up-node)
 
 images: $(VENV)/dev.stamp ## builds the operator's and the trainer's image with docker, podman or buildah (IMAGE_ARGS: more of its arguments)
 	$(BIN)/python -m testcluster.images $(IMAGE_ARGS)

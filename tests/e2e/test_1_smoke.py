@@ -103,16 +103,35 @@ def test_out_of_memory_is_told(jobs: Jobs) -> None:
     assert status["restartsCountTowardsMax"] == 1
 
 
+def leader(world: World) -> str:
+    """The pod that holds the Lease."""
+    lease = json.loads(world.kubectl("-n", SYSTEM, "get", "lease", RELEASE, "-o", "json").stdout)
+    pod, _, _ = (lease["spec"].get("holderIdentity") or "").partition("_")
+    return str(pod)
+
+
 def test_training_survives_the_operators_pod_and_an_upgrade_of_the_chart(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "calm", epochs=40))
-    wait_checkpoint(jobs, "calm")
-    installed.kubectl("-n", SYSTEM, "delete", "pod", "-l", "app.kubernetes.io/instance=" + RELEASE, "--grace-period=0", "--force")
-    changed = [*installed.values(), "--set=log.format=json", "--wait", "--timeout=150s"]
+    jobs.apply(job(jobs, "calm", epochs=80))
+    saved = wait_checkpoint(jobs, "calm")
+    installed.kubectl("-n", SYSTEM, "delete", "pod", leader(installed), "--grace-period=0", "--force")
+    changed = [*installed.values(), "--set=log.format=json", "--set=replicas=2", "--wait", "--timeout=150s"]
     installed.helm("upgrade", RELEASE, str(ROOT / "charts/finetune-operator"), *changed)
+    assert installed.operator_logs().lstrip().startswith("{")
+
+    # The Service sends some posts to the one that stands by, and then the leader is gone.
+    saved = wait_checkpoint(jobs, "calm", beyond=saved)
+    first = wait(lambda: leader(installed), "a leader")
+    installed.kubectl("-n", SYSTEM, "delete", "pod", first, "--grace-period=0", "--force")
+    second = wait(lambda: name if (name := leader(installed)) not in ("", first) else None, "another leader", 60)
+    assert second
+    wait_checkpoint(jobs, "calm", beyond=saved)
+
+    installed.helm("rollback", RELEASE, "1", "--wait", "--timeout=150s")
     status = jobs.wait_state("calm", "Complete", 240)
     assert (status["attempt"], status["restarts"]) == (1, 0)
     assert [j["metadata"]["name"] for j in jobs.list("jobs")] == ["calm-1"]
-    assert installed.operator_logs().lstrip().startswith("{")
+    operators = json.loads(installed.kubectl("-n", SYSTEM, "get", "deployment", RELEASE, "-o", "json").stdout)
+    assert operators["spec"]["replicas"] == 1
 
 
 def test_a_drained_node_is_a_disruption(installed: World, jobs: Jobs) -> None:

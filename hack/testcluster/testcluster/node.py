@@ -20,8 +20,7 @@ from testcluster.cluster import Cluster
 from testcluster.processes import Child, ChildError, wait_until
 
 NAME = "node-1"
-ADDRESS = "10.79.0.1"
-"""The node's own address, on a bridge of the sandbox: the kubelet refuses loopback."""
+ADDRESS = sandbox.NODE_ADDRESS
 _PODS, _DNS_DOMAIN = "10.77.0.0/16", "cluster.local"
 _GPUS = "8"
 _READY_SECONDS = 90.0

@@ -5,6 +5,9 @@ their own (net, mount, pid) the kernel removes all of them with the last process
 they are removed at the end or by the next start. The command sees its own loopback, its own /run, /var/lib and /var/log, and
 nothing of the network outside.
 
+With `--uplink` there is one network device more, between the sandbox and this machine: for people who want to reach what runs inside. It goes
+with the sandbox.
+
 The outer process waits in the old namespaces; its child is pid 1 of the new ones, reaps what is orphaned there, and dies with it.
 """
 
@@ -21,6 +24,7 @@ from types import FrameType
 from typing import IO
 
 from testcluster import binaries
+from testcluster.processes import start_time
 
 _CLONE_NEWNS, _CLONE_NEWPID, _CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
 _PR_SET_PDEATHSIG = 1
@@ -30,6 +34,10 @@ _HIDDEN = ("/run", "/var/lib", "/var/log")
 CGROUP = "finetune-node"
 NEEDED = {"containerd": "containerd", "runc": "runc", "/usr/lib/cni/ptp": "containernetworking-plugins", "iptables": "iptables"}
 """Program -> Debian package."""
+UPLINK = "finetune0"
+_HOST_END, _SANDBOX_END = "10.79.255.1", "10.79.255.2"
+NODE_ADDRESS = "10.79.0.1"
+"""The node's own address, on a bridge of the sandbox: the kubelet refuses loopback."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -40,6 +48,12 @@ class NoSandboxError(Exception):
 def inside() -> bool:
     """Whether this process runs in a sandbox."""
     return _MARK in os.environ
+
+
+def outer() -> tuple[int, int]:
+    """Process id and start time of the process that owns this sandbox, as the machine outside counts them."""
+    pid, _, started = os.environ[_MARK].partition(":")
+    return int(pid), int(started)
 
 
 def home() -> Path:
@@ -73,7 +87,7 @@ def install_packages(needed: dict[str, str]) -> None:
             raise NoSandboxError(f"apt-get {' '.join(words)} failed: {done.stderr.strip()[-500:]}")
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], *, uplink: bool = False) -> int:
     """Runs the command in new namespaces; its exit code. SIGTERM and SIGINT are passed on."""
     check()
     install_packages(NEEDED)
@@ -90,35 +104,69 @@ def run(argv: list[str]) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
-            return _fork(argv, scratch, lock)
+            return _fork(argv, scratch, lock, uplink)
         finally:
             remove_cgroups()
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _fork(argv: list[str], scratch: Path, lock: IO[str]) -> int:
-    outer = os.getpid()
+def _fork(argv: list[str], scratch: Path, lock: IO[str], uplink: bool) -> int:
+    mark = f"{os.getpid()}:{start_time(os.getpid())}"
     _call("unshare", _CLONE_NEWPID)
+    unshared, linked = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         lock.close()  # the lock is the outer process's: an orphan must not hold it
         try:
-            _become_init(argv, scratch, outer)
+            _enter_namespaces()
+            os.write(unshared[1], b"x")
+            os.close(linked[1])
+            if os.read(linked[0], 1):  # nothing comes from a parent that could not make the link
+                _become_init(argv, scratch, mark, uplink)
         except BaseException as error:  # noqa: BLE001  (a forked child must never return into its parent's code)
             print(f"sandbox: {error}", file=sys.stderr, flush=True)
         os._exit(125)
+    os.close(unshared[1])
+    os.close(linked[0])
+    try:
+        if os.read(unshared[0], 1):  # else it ended, and has said why
+            if uplink:
+                _link(child)
+            os.write(linked[1], b"x")
+    finally:
+        os.close(linked[1])
     return _wait(child)
 
 
-def _become_init(argv: list[str], scratch: Path, outer: int) -> None:
+def _link(child: int) -> None:
+    """A pair of devices, one end in the child's namespaces; with a route to the node."""
+    subprocess.run(["ip", "link", "delete", UPLINK], capture_output=True, check=False)  # of a sandbox that is just ending
+    for words in (
+        ["link", "add", UPLINK, "type", "veth", "peer", "name", UPLINK, "netns", str(child)],
+        ["address", "add", f"{_HOST_END}/30", "dev", UPLINK],
+        ["link", "set", UPLINK, "up"],
+        ["route", "add", NODE_ADDRESS, "via", _SANDBOX_END],
+    ):
+        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise NoSandboxError(f"ip {' '.join(words)} failed: {done.stderr.strip()}")
+
+
+def _enter_namespaces() -> None:
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
     _call("unshare", _CLONE_NEWNS | _CLONE_NEWNET)
+
+
+def _become_init(argv: list[str], scratch: Path, mark: str, uplink: bool) -> None:
     for words in (["--make-rprivate", "/"], ["-t", "proc", "proc", "/proc"], *(["-t", "tmpfs", "tmpfs", at] for at in _HIDDEN)):
         subprocess.run(["mount", *words], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    if uplink:
+        subprocess.run(["ip", "address", "add", f"{_SANDBOX_END}/30", "dev", UPLINK], check=True)
+        subprocess.run(["ip", "link", "set", UPLINK, "up"], check=True)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-    environment = os.environ | {_MARK: str(outer), "TMPDIR": str(scratch)}
+    environment = os.environ | {_MARK: mark, "TMPDIR": str(scratch)}
     command = os.posix_spawnp(argv[0], argv, environment, setpgroup=0)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _frame: _pass_on(command, got))
@@ -162,7 +210,8 @@ def remove_cgroups() -> None:
 def main() -> int:
     """The exit code of the command; 125 with a sentence where there can be no sandbox."""
     try:
-        return run(sys.argv[1:])
+        uplink = sys.argv[1:2] == ["--uplink"]
+        return run(sys.argv[1 + uplink :], uplink=uplink)
     except NoSandboxError as error:
         print(error, file=sys.stderr)
         return 125
