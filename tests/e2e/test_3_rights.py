@@ -12,8 +12,6 @@ ACCOUNT = f"system:serviceaccount:{SYSTEM}:{RELEASE}"
 UNUSED_BUT_JUSTIFIED = {
     # Asked by the admission of blockOwnerDeletion, not by the operator.
     ("update", "finetune.dev", "finetunejobs/finalizers"),
-    # Where a Service of that name is there already: whose is it?
-    ("get", "", "services"),
 }
 
 
