@@ -131,18 +131,19 @@ def _fork(argv: list[str], scratch: Path, lock: IO[str], uplink: bool) -> int:
     try:
         if os.read(unshared[0], 1):  # else it ended, and has said why
             if uplink:
-                _link(child)
+                _link()
             os.write(linked[1], b"x")
     finally:
         os.close(linked[1])
     return _wait(child)
 
 
-def _link(child: int) -> None:
-    """A pair of devices, one end in the child's namespaces; with a route to the node."""
+def _link() -> None:
+    """A pair of devices, one end in the sandbox; with a route to the node."""
+    # Whatever this process starts now is in the new pid namespace, where the sandbox's first process is pid 1.
     subprocess.run(["ip", "link", "delete", UPLINK], capture_output=True, check=False)  # of a sandbox that is just ending
     for words in (
-        ["link", "add", UPLINK, "type", "veth", "peer", "name", UPLINK, "netns", str(child)],
+        ["link", "add", UPLINK, "type", "veth", "peer", "name", UPLINK, "netns", "1"],
         ["address", "add", f"{_HOST_END}/30", "dev", UPLINK],
         ["link", "set", UPLINK, "up"],
         ["route", "add", NODE_ADDRESS, "via", _SANDBOX_END],
