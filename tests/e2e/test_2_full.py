@@ -8,9 +8,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from e2e.test_1_smoke import job, trainer, wait_checkpoint
-from e2e.world import DATA, World
+from e2e.world import DATA, MODELS, RELEASE, ROOT, SYSTEM, World
 from integration.jobs import Jobs, Object, wait
+from testcluster import S3Server
+from testcluster.node import ADDRESS
+from testcluster.pki import Authority
 
+CHART = str(ROOT / "charts/finetune-operator")
 NO_DROPOUT = {"hidden": 0, "attention": 0, "classifier": 0}
 USERS_SCRIPT = (Path(__file__).parent / "users_script.py").read_text()
 
@@ -97,3 +101,67 @@ def test_a_queue_admits_the_job_as_kueue_does(installed: World, jobs: Jobs) -> N
 def flip(jobs: Jobs, name: str, *, suspend: bool) -> None:
     patch = json.dumps({"spec": {"suspend": suspend}})
     jobs.cluster.kubectl("-n", jobs.namespace, "patch", "job", name, "--type=merge", "-p", patch)
+
+
+def test_an_object_store_with_a_ca_of_its_own(installed: World, jobs: Jobs, tmp_path: Path) -> None:
+    """Endpoint and CA by the chart's jobDefaults, credentials by a Secret that they name."""
+    if installed.node is None:
+        pytest.skip("a second object store, over TLS, is started beside our own node only")
+    authority = Authority(tmp_path / "ca")
+    with S3Server(host=ADDRESS, authority=authority) as s3:
+        here, there = installed.s3(), s3.client()
+        for bucket in (MODELS, DATA):
+            s3.create_bucket(bucket)
+            for item in here.list_objects_v2(Bucket=bucket, Prefix="tiny/")["Contents"]:
+                body = here.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
+                there.put_object(Bucket=bucket, Key=item["Key"], Body=body)
+        installed.kubectl("-n", jobs.namespace, "create", "configmap", "ca-bundle", f"--from-file={authority.ca_file}")
+        keys = [f"--from-literal={name}={value}" for name, value in s3.environment().items() if name != "AWS_ENDPOINT_URL"]
+        installed.kubectl("-n", jobs.namespace, "create", "secret", "generic", "other-store", *keys)
+        defaults = {
+            "image": installed.trainer_image,
+            "env": [{"name": "AWS_ENDPOINT_URL", "value": s3.endpoint}, {"name": "AWS_CA_BUNDLE", "value": "/etc/ca/ca.crt"}],
+            "envFrom": [{"secretRef": {"name": "other-store"}}],
+            "podTemplate": {
+                "spec": {
+                    "volumes": [{"name": "ca", "configMap": {"name": "ca-bundle"}}],
+                    "volumeMounts": [{"name": "ca", "mountPath": "/etc/ca", "readOnly": True}],
+                }
+            },
+        }
+        values = tmp_path / "values.json"
+        values.write_text(json.dumps({"jobDefaults": defaults}))
+        upgrade(installed, *installed.values(), f"--values={values}")
+        try:
+            jobs.apply(job(jobs, "elsewhere", epochs=2, trainer={}))
+            jobs.wait_state("elsewhere", "Complete", 180)
+            found = there.list_objects_v2(Bucket=DATA, Prefix=f"{jobs.namespace}/elsewhere/")["Contents"]
+            assert any(item["Key"].endswith("model.safetensors") for item in found)
+        finally:
+            upgrade(installed, *installed.values())
+
+
+def test_an_object_store_that_is_not_there_is_told(jobs: Jobs) -> None:
+    nowhere = trainer(env=[{"name": "AWS_ENDPOINT_URL", "value": "http://10.79.0.1:1"}])
+    jobs.apply(job(jobs, "nowhere", failurePolicy={"maxRestarts": 0}, trainer=nowhere))
+    jobs.wait_state("nowhere", "Failed", 180)
+    failed = jobs.condition("nowhere", "Failed")
+    assert failed["reason"] == "StorageUnavailable", failed
+    assert "http://10.79.0.1:1" in failed["message"]
+
+
+def test_uninstalled_and_installed_again_while_a_job_trains(installed: World, jobs: Jobs) -> None:
+    jobs.apply(job(jobs, "orphan", epochs=60))
+    wait_checkpoint(jobs, "orphan")
+    before = jobs.get(jobs.wait_pod("orphan-1"), "pod")["metadata"]["uid"]
+    installed.helm("uninstall", RELEASE, "--wait")
+    assert not installed.kubectl("-n", SYSTEM, "get", "deployments", "-o", "name").stdout
+    assert jobs.get(jobs.wait_pod("orphan-1"), "pod")["metadata"]["uid"] == before
+    installed.helm("install", RELEASE, CHART, *installed.values(), "--wait", "--timeout=150s")
+    status = jobs.wait_state("orphan", "Complete", 240)
+    assert (status["attempt"], status["restarts"]) == (1, 0)
+    assert status["result"]["modelUri"]
+
+
+def upgrade(world: World, *values: str) -> None:
+    world.helm("upgrade", RELEASE, CHART, *values, "--wait", "--timeout=150s")

@@ -6,8 +6,9 @@ import pytest
 
 from e2e.world import RELEASE, ROOT, SYSTEM, World
 from finetune_operator.kube.permissions import PERMISSIONS, Scope
-from integration.jobs import Object
+from integration.jobs import Object, wait
 
+CHART = str(ROOT / "charts/finetune-operator")
 ACCOUNT = f"system:serviceaccount:{SYSTEM}:{RELEASE}"
 UNUSED_BUT_JUSTIFIED = {
     # Asked by the admission of blockOwnerDeletion, not by the operator.
@@ -55,15 +56,26 @@ def test_every_right_was_used_and_none_was_missing(installed: World) -> None:
 
 def test_with_watched_namespaces_nothing_else_is_open(installed: World) -> None:
     team = installed.namespace("e2e-team")
-    chart = str(ROOT / "charts/finetune-operator")
     try:
         installed.helm(
-            "upgrade", RELEASE, chart, *installed.values(), f"--set=watchNamespaces={{{team}}}", "--wait", "--timeout=150s"
+            "upgrade", RELEASE, CHART, *installed.values(), f"--set=watchNamespaces={{{team}}}", "--wait", "--timeout=150s"
         )
         left = {rule.split()[0] for rule in can_i(installed, "default")}
         wanted = {f"{row.resource}.{row.group}" for row in PERMISSIONS if row.scope is Scope.CLUSTER}
         assert left == wanted
         assert "finetunejobs.finetune.dev" in {rule.split()[0] for rule in can_i(installed, team)}
     finally:
-        installed.helm("upgrade", RELEASE, chart, *installed.values(), "--wait", "--timeout=150s")
+        installed.helm("upgrade", RELEASE, CHART, *installed.values(), "--wait", "--timeout=150s")
         installed.kubectl("delete", "namespace", team, "--wait=false")
+
+
+def test_a_right_that_is_taken_away_is_told(installed: World) -> None:
+    installed.kubectl("delete", "clusterrolebinding", f"{SYSTEM}-{RELEASE}")
+    installed.kubectl("-n", SYSTEM, "delete", "pod", "-l", f"app.kubernetes.io/instance={RELEASE}")
+    try:
+        said = "The operator's account lacks rights: get finetunejobs.finetune.dev"
+        wait(lambda: said in installed.operator_logs(), "what is missing, in the log", 60)
+        assert "helm upgrade --install" in installed.operator_logs()
+    finally:
+        installed.helm("upgrade", RELEASE, CHART, *installed.values(), "--wait", "--timeout=150s")
+    assert "leading" in installed.operator_logs()

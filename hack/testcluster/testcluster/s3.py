@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from testcluster import binaries, statedir
+from testcluster.pki import Authority
 from testcluster.processes import Child, ChildError, free_port, lost_the_port, wait_until
 from testcluster.readiness import answers_ok
 
@@ -34,8 +35,10 @@ class S3Server:
         host: str = _LOOPBACK,
         access_key: str = "testcluster",
         secret_key: str | None = None,
+        authority: Authority | None = None,
     ) -> None:
-        """With `directory`, buckets survive a stop. Without `secret_key` a random one is made."""
+        """With `directory`, buckets survive a stop. Without `secret_key` a random one is made. With `authority`, over TLS."""
+        self._authority = authority
         self._own_directory = directory is None
         self._directory = directory
         self._host = host
@@ -91,7 +94,7 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         """The server's address."""
-        return f"http://{self._host}:{self._port}"
+        return f"{'https' if self._authority else 'http'}://{self._host}:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -121,6 +124,7 @@ class S3Server:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name=self.region,
+            verify=str(self._authority.ca_file) if self._authority else None,
             config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 2}),
         )
 
@@ -134,14 +138,20 @@ class S3Server:
         return self.directory / "versitygw.log"
 
     def _start_once(self, program: Path) -> None:
+        encryption: list[str] = []
+        if self._authority:
+            certificate, key = self._authority.server("s3", [self._host])
+            encryption = [f"--cert={certificate}", f"--key={key}"]
         argv = [
             str(program),
             f"--port={self._host}:{self._port}",
             f"--health={_HEALTH}",
+            *encryption,
             "--quiet",
             "posix",
             str(self.directory / "data"),
         ]
         environment = {"ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key, "VGW_REGION": self.region}
         self._child = Child.start("versitygw", argv, log=self._log, environment=environment)
-        wait_until(lambda: answers_ok(self.endpoint + _HEALTH), [self._child], _READY_SECONDS, "versitygw")
+        ca_file = self._authority.ca_file if self._authority else None
+        wait_until(lambda: answers_ok(self.endpoint + _HEALTH, ca_file), [self._child], _READY_SECONDS, "versitygw")
