@@ -103,27 +103,28 @@ def test_out_of_memory_is_told(jobs: Jobs) -> None:
     assert status["restartsCountTowardsMax"] == 1
 
 
-def leader(world: World) -> str:
-    """The pod that holds the Lease."""
+def leader(world: World) -> str | None:
+    """The pod that holds the Lease, if it is there and runs."""
     lease = json.loads(world.kubectl("-n", SYSTEM, "get", "lease", RELEASE, "-o", "json").stdout)
-    pod, _, _ = (lease["spec"].get("holderIdentity") or "").partition("_")
-    return str(pod)
+    name, _, _ = (lease["spec"].get("holderIdentity") or "").partition("_")
+    pods = json.loads(world.kubectl("-n", SYSTEM, "get", "pods", "-o", "json").stdout)["items"]
+    return next((name for p in pods if p["metadata"]["name"] == name and "deletionTimestamp" not in p["metadata"]), None)
 
 
 def test_training_survives_the_operators_pod_and_an_upgrade_of_the_chart(installed: World, jobs: Jobs) -> None:
     jobs.apply(job(jobs, "calm", epochs=80))
     saved = wait_checkpoint(jobs, "calm")
-    installed.kubectl("-n", SYSTEM, "delete", "pod", leader(installed), "--grace-period=0", "--force")
+    first = wait(lambda: leader(installed), "a leader")
+    installed.kubectl("-n", SYSTEM, "delete", "pod", first, "--grace-period=0", "--force")
     changed = [*installed.values(), "--set=log.format=json", "--set=replicas=2", "--wait", "--timeout=150s"]
     installed.helm("upgrade", RELEASE, str(ROOT / "charts/finetune-operator"), *changed)
-    assert installed.operator_logs().lstrip().startswith("{")
+    wait(lambda: installed.operator_logs().startswith("{"), "the new operator's log, in JSON")
 
     # The Service sends some posts to the one that stands by, and then the leader is gone.
     saved = wait_checkpoint(jobs, "calm", beyond=saved)
     first = wait(lambda: leader(installed), "a leader")
     installed.kubectl("-n", SYSTEM, "delete", "pod", first, "--grace-period=0", "--force")
-    second = wait(lambda: name if (name := leader(installed)) not in ("", first) else None, "another leader", 60)
-    assert second
+    assert wait(lambda: leader(installed), "another leader", 60) != first
     wait_checkpoint(jobs, "calm", beyond=saved)
 
     installed.helm("rollback", RELEASE, "1", "--wait", "--timeout=150s")
