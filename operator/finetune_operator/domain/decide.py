@@ -239,8 +239,8 @@ class _Reconcile:
         if not failure.retriable:
             return _fail(self.draft, failure.reason, over.message, self.actions)
         if failure.counted and used >= limit:
-            spent = f" No restart is left (failurePolicy.maxRestarts is {limit})."
-            return _fail(self.draft, failure.reason, over.message + spent, self.actions)
+            spent = f"{over.message.rstrip('.')}. No restart is left (failurePolicy.maxRestarts is {limit})."
+            return _fail(self.draft, failure.reason, spent, self.actions)
         wait = self._backoff(over)
         if wait > 0 or self._alive():
             self.draft.state(State.RESTARTING)
