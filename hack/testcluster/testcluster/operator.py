@@ -143,5 +143,5 @@ class Operator:
         return total
 
     def tracebacks(self) -> list[str]:
-        """Lines of the log that begin a traceback."""
-        return [line for line in self.log.read_text().splitlines() if line.startswith("Traceback")]
+        """Each with the line before it, which says who wrote it."""
+        return re.findall(r"^.*\nTraceback \(most recent call last\):\n(?:[ +|].*\n|\n)*.*", self.log.read_text(), re.MULTILINE)
