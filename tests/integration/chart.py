@@ -51,9 +51,8 @@ def install(cluster: Cluster, namespace: str, values: Object | None = None, *, h
     # Server-side and by force: several tests install over each other's CRD.
     everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=everything)
-    crds = [f"crd/{o['metadata']['name']}" for o in objects if o["kind"] == "CustomResourceDefinition"]
-    if crds:
-        cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", *crds)
+    for crd in (o["metadata"]["name"] for o in objects if o["kind"] == "CustomResourceDefinition"):
+        cluster.wait_for_crd(crd)
     account = (values or {}).get("serviceAccount", {}).get("name") or SERVICE_ACCOUNT
     return token_kubeconfig(cluster, namespace, account)
 

@@ -115,7 +115,7 @@ def peers(cluster: Cluster) -> None:
         folder = gobuild.module_folder(module, version, binaries.cache_dir())
         for file in files:
             cluster.kubectl("apply", "--server-side", "-f", str(folder / file))
-            cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(folder / file))
+            cluster.wait_for_crd(yaml.safe_load((folder / file).read_text(encoding="utf-8"))["metadata"]["name"])
 
 
 # ---------------------------------------------------------------------------------------------------------- values --

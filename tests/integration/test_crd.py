@@ -80,7 +80,7 @@ GOOD_MANIFESTS = {"shortest": GOOD, "everything": EVERYTHING, "nulls": NULLS}
 @pytest.fixture(scope="module", autouse=True)
 def crd(cluster: Cluster) -> None:
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
-    cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/finetunejobs.finetune.dev")
+    cluster.wait_for_crd("finetunejobs.finetune.dev")
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def warnings(cluster: Cluster) -> Iterator[Callable[[Object], str]]:
     """What the API server warns of when this object is created."""
     objects = json.dumps({"apiVersion": "v1", "kind": "List", "items": policy_objects()})
     cluster.kubectl("apply", "-f", "-", stdin=objects)
-    cluster.kubectl("wait", "--for=condition=Established", "crd/recordings.test.example.com", "--timeout=30s")
+    cluster.wait_for_crd("recordings.test.example.com")
 
     def ask(job: Object) -> str:
         kept = {key: job[key] for key in ("spec", "status") if key in job}

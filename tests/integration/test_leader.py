@@ -211,7 +211,8 @@ def pod(jobs: Jobs, runner: PodRunner) -> Pod:
 
 def test_a_standby_passes_progress_on_and_answers_as_the_leader_does(pod: Pod, jobs: Jobs, pair: Pair) -> None:
     url = to(pair.standby, pod.url)
-    assert pod.post(pod.token(), percent(42), url=url) == (200, {})
+    # One that has just begun does not know the leader yet, and says 503: the trainer posts again.
+    wait(lambda: pod.post(pod.token(), percent(42), url=url) == (200, {}), "the standby knows the leader", TAKEN_OVER)
     wait(lambda: percentage(jobs) == 42, "progress in the status", 12)
     assert pair.standby.metric("finetune_progress_forwarded_total", code="200") == 1.0
     for token, body in ((None, None), ("no-token", None), (pod.token(), {"trainerStatus": 1})):

@@ -299,7 +299,7 @@ def test_the_preflight_says_what_is_missing(cluster: Cluster, operator: Operator
         ]
         del trainer["serviceAccountName"], trainer["podTemplate"]["properties"]["spec"]["properties"]["affinity"]
         empty.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(old))
-        empty.kubectl("wait", "--for=condition=Established", "--timeout=30s", f"crd/{crd.CRD_NAME}")
+        empty.wait_for_crd(crd.CRD_NAME)
         outdated = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1
     assert "The CRD finetunejobs.finetune.dev is not installed" in done.stderr

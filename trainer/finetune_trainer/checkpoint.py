@@ -24,7 +24,7 @@ from typing import Any
 
 from finetune_api.finetunejob import CheckpointStatus
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import Missing, Store
+from finetune_trainer.store import Missing, Store, is_plain
 
 MANIFEST = "MANIFEST.json"
 
@@ -125,7 +125,7 @@ class Checkpoints:
     def _manifest(self, key: str) -> dict[str, Any] | None:
         try:
             manifest = self._json(key)
-            safe = all(_is_plain(f["path"]) and int(f["size"]) >= 0 and len(f["sha256"]) == 64 for f in manifest["files"])
+            safe = all(is_plain(f["path"]) and int(f["size"]) >= 0 and len(f["sha256"]) == 64 for f in manifest["files"])
             typed = isinstance(manifest["step"], int) and isinstance(manifest["execution"], int)
             if safe and typed and manifest["recipe"] and datetime.fromisoformat(manifest["time"]).tzinfo:
                 return manifest
@@ -205,11 +205,6 @@ class Checkpoints:
                 self.store.delete(f"{old.name}/{MANIFEST}")  # first: from here on the step does not exist
                 for file in old.manifest["files"]:
                     self.store.delete(f"{old.name}/{file['path']}")
-
-
-def _is_plain(path: str) -> bool:
-    parts = path.split("/")
-    return bool(path) and not path.startswith("/") and ".." not in parts and "\\" not in path
 
 
 def _sha256(path: Path) -> str:

@@ -119,7 +119,7 @@ def load_tokenizer(folder: Path, uri: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise TrainingFailure(
             "ModelNotFound", f"model.uri {uri}: its tokenizer cannot be loaded: {_first_line(error)}"
@@ -136,7 +136,7 @@ def build(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") ->
 
     labels = recipe.dataset.labels
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
@@ -150,7 +150,12 @@ def build(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") ->
                 "RecipeInvalid", f"dataset.maxLength: {recipe.dataset.max_length} is more than the model's {limit} positions"
             )
         return AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, local_files_only=True, dtype=torch.float32, ignore_mismatched_sizes=True
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingFailure(

@@ -289,9 +289,16 @@ def _s3_client() -> "S3Client":
     )
 
 
+def is_plain(path: str) -> bool:
+    """Whether it stays below the folder that it is joined to: names in a bucket and in a manifest may be anything."""
+    return bool(path) and not path.startswith("/") and ".." not in path.split("/") and "\\" not in path
+
+
 def fetch_folder(store: Store, folder: Path) -> int:
-    """Downloads every object of the store into the folder; the number of files."""
+    """Downloads every object of the store into the folder; the number of files. ModelNotFound for names that lead out of it."""
     keys = store.list()
+    if outside := [key for key in keys if not is_plain(key)]:
+        raise TrainingFailure("ModelNotFound", f"{store.uri}: {outside[0]!r} is no name of a file below it")
     for key in keys:
         store.download(key, folder / key)
     return len(keys)

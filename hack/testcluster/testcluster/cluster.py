@@ -134,6 +134,14 @@ class Cluster:
         """The pid of "etcd", "kube-apiserver" or "kube-controller-manager"."""
         return self._children[component].pid
 
+    def wait_for_crd(self, name: str) -> None:
+        """Until the API server serves it. (`kubectl wait` gives up on one that is so new that it has no conditions.)"""
+        wait_until(lambda: self._is_established(name), [], _READY_SECONDS, f"the CRD {name}")
+
+    def _is_established(self, name: str) -> bool:
+        path = '{.status.conditions[?(@.type=="Established")].status}'
+        return self.kubectl("get", "crd", name, "-o", f"jsonpath={path}", check=False).stdout == "True"
+
     def kubectl(
         self, *args: str, stdin: str | None = None, check: bool = True, timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:

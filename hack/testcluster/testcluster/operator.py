@@ -73,7 +73,7 @@ class Operator:
         crds = [o for o in objects if o["kind"] == "CustomResourceDefinition"]
         rest = [o for o in objects if o["kind"] != "CustomResourceDefinition"]
         self.cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(crds))
-        self.cluster.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=30s")
+        self.cluster.wait_for_crd("finetunejobs.finetune.dev")
         self.cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(rest))
         account = next(str(o["metadata"]["name"]) for o in objects if o["kind"] == "ServiceAccount")  # type: ignore[index]
         self.secret = next(str(o["metadata"]["name"]) for o in objects if o["kind"] == "Secret")  # type: ignore[index]

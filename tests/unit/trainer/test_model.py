@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from finetune_api.recipe import Dropout
 from finetune_trainer import model
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.store import FolderStore, fetch_folder
 
 ROLES: list[tuple[str, dict[str, set[str]]]] = [
     # What research/trainer.md 1.1 found in transformers' own configurations.
@@ -133,3 +134,16 @@ def test_more_tokens_than_the_model_has_positions_is_told(job: Job) -> None:
     with pytest.raises(TrainingFailure, match=r"dataset\.maxLength: 65 is more than the model's 64 positions") as failed:
         job.run(dataset={"maxLength": 65})
     assert failed.value.failure.reason == "RecipeInvalid"
+
+
+@pytest.mark.parametrize("key", ["../../outside", "/etc/outside", "a/../../outside", "a\\..\\outside"])
+def test_names_in_a_bucket_cannot_lead_out_of_the_folder(tmp_path: Path, key: str) -> None:
+    class Bucket(FolderStore):
+        def list(self, prefix: str = "") -> list[str]:
+            return ["config.json", key]
+
+        def download(self, key: str, path: Path) -> None:
+            raise AssertionError(f"{key} is written to {path}")
+
+    with pytest.raises(TrainingFailure, match="is no name of a file below it"):
+        fetch_folder(Bucket(tmp_path), tmp_path / "model")
