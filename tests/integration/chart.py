@@ -35,7 +35,7 @@ def render(helm: Path, namespace: str, values: Object | None = None, release: st
     """All objects of the chart with these values. RefusedError where Helm says no."""
     command = [str(helm), "template", release, str(CHART), "--namespace", namespace, "--kube-version", KUBE_VERSION]
     done = subprocess.run(
-        [*command, "--values", "-"], input=json.dumps(values or {}), capture_output=True, text=True, check=False, timeout=60
+        [*command, "--values", "-"], input=json.dumps(values or {}), capture_output=True, text=True, check=False, timeout=120
     )
     if done.returncode != 0:
         raise RefusedError(done.stderr)

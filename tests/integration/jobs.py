@@ -10,6 +10,7 @@ import yaml
 from testcluster import Cluster
 
 Object = dict[str, Any]
+PATIENCE = 120.0  # seconds; the machine may be busy with anything, and only a failure waits so long
 
 
 def manifest(name: str, **spec: Any) -> Object:
@@ -59,11 +60,11 @@ class Jobs:
         conditions = self.status(name).get("conditions", [])
         return next((c for c in conditions if c["type"] == kind), {})
 
-    def wait_state(self, name: str, state: str, seconds: float = 30.0) -> Object:
+    def wait_state(self, name: str, state: str, seconds: float = PATIENCE) -> Object:
         """Until status.state is this; the status."""
         return wait(lambda: s if (s := self.status(name)).get("state") == state else None, f"{name} {state}", seconds)
 
-    def wait_pod(self, name: str, seconds: float = 20.0) -> str:
+    def wait_pod(self, name: str, seconds: float = PATIENCE) -> str:
         """Until a pod of the job's Job of that name is there; its name."""
 
         def find() -> str | None:
@@ -73,7 +74,7 @@ class Jobs:
         return wait(find, f"a pod of {name}", seconds)
 
 
-def wait(check: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+def wait(check: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """Until `check` answers something true; that. AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := check()):

@@ -224,7 +224,7 @@ def test_killed_with_everything_it_goes_on_from_its_checkpoint(place: Place) -> 
 def test_a_killed_trainer_is_told_as_such(place: Place) -> None:
     with start(place, "killed") as process:
         os.kill(trainer_of(process), signal.SIGKILL)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 137
     assert "SIGKILL" in errors
     assert "run the same command again" in errors
@@ -239,7 +239,7 @@ def test_asked_to_stop_it_saves_first(place: Place, number: signal.Signals) -> N
             os.killpg(process.pid, number)  # as a terminal does
         else:
             process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 20, errors
     saved = max(int(m.parent.name.split("-")[1]) for m in place.bucket.glob(f"out/{name}/checkpoints/*/MANIFEST.json"))
     assert f"it goes on from step {saved}" in errors

@@ -77,7 +77,7 @@ def pair(both: list[Operator]) -> Pair:
 def jobs(cluster: Cluster, pair: Pair, runner: PodRunner) -> Iterator[Jobs]:
     name = f"leader-{random.randrange(10**8):08d}"
     cluster.kubectl("create", "namespace", name)
-    wait(lambda: cluster.kubectl("-n", name, "get", "serviceaccount", "default", check=False).returncode == 0, "the account", 10)
+    wait(lambda: cluster.kubectl("-n", name, "get", "serviceaccount", "default", check=False).returncode == 0, "the account")
     yield Jobs(cluster, name)
     cluster.kubectl("delete", "namespace", name, "--wait=false", check=False)
 
@@ -125,7 +125,7 @@ def exit_code(operator: Operator) -> int:
 
 
 def each_ran_once(jobs: Jobs, names: list[str]) -> None:
-    wait(lambda: {j.get("status", {}).get("state") for j in jobs.list("ftj")} == {"Complete"}, "all Complete", 60)
+    wait(lambda: {j.get("status", {}).get("state") for j in jobs.list("ftj")} == {"Complete"}, "all Complete")
     assert sorted(j["metadata"]["name"] for j in jobs.list("jobs")) == [f"{name}-1" for name in sorted(names)]
     assert {(j["status"]["attempt"], j["status"]["restarts"]) for j in jobs.list("ftj")} == {(1, 0)}
 
@@ -213,7 +213,7 @@ def test_a_standby_passes_progress_on_and_answers_as_the_leader_does(pod: Pod, j
     url = to(pair.standby, pod.url)
     # One that has just begun does not know the leader yet, and says 503: the trainer posts again.
     wait(lambda: pod.post(pod.token(), percent(42), url=url) == (200, {}), "the standby knows the leader", TAKEN_OVER)
-    wait(lambda: percentage(jobs) == 42, "progress in the status", 12)
+    wait(lambda: percentage(jobs) == 42, "progress in the status")
     assert pair.standby.metric("finetune_progress_forwarded_total", code="200") == 1.0
     for token, body in ((None, None), ("no-token", None), (pod.token(), {"trainerStatus": 1})):
         assert pod.post(token, body, url=url) == pod.post(token, body, url=to(pair.leader, pod.url))
@@ -223,7 +223,7 @@ def test_a_standby_passes_progress_on_and_answers_as_the_leader_does(pod: Pod, j
 def test_the_rights_on_the_lease_are_asked_for_where_one_is_named(both: list[Operator], cluster: Cluster) -> None:
     command = [word for word in both[0].command() if "-bind" not in word and "--lease=" not in word]
     command += ["--metrics-bind=127.0.0.1:0", "--progress-bind=127.0.0.1:0", "--lease=another"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     for verb in ("get", "patch"):
         assert f"{verb} leases.coordination.k8s.io another in finetune-system" in done.stderr

@@ -286,13 +286,13 @@ def test_the_preflight_says_what_is_missing(cluster: Cluster, operator: Operator
     stranger = cluster.kubeconfig_for("stranger")
     command = [*operator.command(), "--metrics-bind=127.0.0.1:0", "--progress-bind=127.0.0.1:0"]
     command[command.index(f"--kubeconfig={operator.kubeconfig}")] = f"--kubeconfig={stranger}"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "lacks rights: get finetunejobs.finetune.dev" in done.stderr
     assert "Traceback" not in done.stderr
     with Cluster() as empty:
         command[command.index(f"--kubeconfig={stranger}")] = f"--kubeconfig={empty.kubeconfig}"
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         old = crd.crd()
         trainer = old["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["trainer"][
             "properties"
@@ -300,7 +300,7 @@ def test_the_preflight_says_what_is_missing(cluster: Cluster, operator: Operator
         del trainer["serviceAccountName"], trainer["podTemplate"]["properties"]["spec"]["properties"]["affinity"]
         empty.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(old))
         empty.wait_for_crd(crd.CRD_NAME)
-        outdated = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        outdated = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "The CRD finetunejobs.finetune.dev is not installed" in done.stderr
     assert outdated.returncode == 1

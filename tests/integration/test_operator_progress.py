@@ -68,7 +68,7 @@ class Pod:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         request = urllib.request.Request(url or self.url, data, headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=10, context=ssl.create_default_context(cadata=self.ca)) as answer:
+            with urllib.request.urlopen(request, timeout=30, context=ssl.create_default_context(cadata=self.ca)) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -97,7 +97,7 @@ def test_a_report_reaches_the_status(pod: Pod, jobs: Jobs, operator: Operator) -
     before = operator.metric("finetune_progress_posts_total", code="200")
     token = pod.token()
     assert pod.post(token, percent(42)) == (200, {})
-    wait(lambda: percentage(jobs) == 42, "progress in the status", 12)
+    wait(lambda: percentage(jobs) == 42, "progress in the status")
     assert jobs.condition("train", "Progressing")["status"] == "True"
     assert jobs.status("train")["trainerStatus"]["lastUpdatedTime"]
     assert operator.metric("finetune_progress_posts_total", code="200") == before + 1
@@ -138,12 +138,12 @@ def test_a_pod_goes_on_posting_after_the_operator_was_killed(pod: Pod, jobs: Job
     operator.kill()
     operator.start()
     assert pod.post(token, percent(20)) == (200, {}), "the CA must be the one that the pod was given"
-    wait(lambda: percentage(jobs) == 20, "progress after the restart", 12)
+    wait(lambda: percentage(jobs) == 20, "progress after the restart")
 
 
 def test_a_job_made_anew_under_a_name_does_not_inherit_progress(pod: Pod, jobs: Jobs, operator: Operator) -> None:
     pod.post(pod.token(), percent(77))
-    wait(lambda: percentage(jobs) == 77, "progress", 12)
+    wait(lambda: percentage(jobs) == 77, "progress")
     with paused(operator):
         jobs.cluster.kubectl("-n", jobs.namespace, "delete", "ftj", "train")
         wait(lambda: not jobs.list("jobs") and not jobs.list("pods"), "children gone")
@@ -179,4 +179,4 @@ def test_a_job_made_anew_under_the_name_of_a_finished_one_is_followed(
     again = jobs.wait_pod("train-1")
     runner.wait_running(again)
     runner.finish(again, 0)
-    jobs.wait_state("train", "Complete", 10)
+    jobs.wait_state("train", "Complete")

@@ -39,7 +39,7 @@ async def resync_once(reconciler: Reconciler, namespace: str) -> None:
     task = asyncio.create_task(
         watch.resync(reconciler.cluster, [namespace], reconciler.queue, reconciler, 3600, listed), name="resync"
     )
-    await asyncio.wait_for(listed.wait(), 10)
+    await asyncio.wait_for(listed.wait())
     task.cancel()
 
 

@@ -58,7 +58,7 @@ class Poster:
         request = urllib.request.Request(f"https://127.0.0.1:{self.operator.progress_port}{path}", data=data, method="POST")
         request.add_header("Authorization", f"Bearer {token}")
         try:
-            with urllib.request.urlopen(request, context=context, timeout=10) as response:
+            with urllib.request.urlopen(request, context=context, timeout=30) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -131,7 +131,7 @@ def test_the_status_is_written_at_most_every_ten_seconds_for_progress_alone(post
         assert poster.post(token, {"trainerStatus": {"progressPercentage": percent}})[0] == 200
         time.sleep(0.3)
     assert poster.jobs.get("mine")["metadata"]["resourceVersion"] == before
-    wait(lambda: poster.jobs.status("mine")["trainerStatus"]["progressPercentage"] == 57, "the last report", 15)
+    wait(lambda: poster.jobs.status("mine")["trainerStatus"]["progressPercentage"] == 57, "the last report")
 
 
 def test_a_pod_that_posts_too_much_is_slowed_down(poster: Poster) -> None:

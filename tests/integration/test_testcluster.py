@@ -18,7 +18,7 @@ import testcluster
 from testcluster import Cluster, PodRunner, PodScript, RunProcess, S3Server, fail, hang, oom_killed, run_process, succeed
 from testcluster.processes import start_time
 
-SECONDS = 30.0
+SECONDS = 120.0
 Pod = dict[str, Any]
 
 
@@ -143,7 +143,7 @@ def test_a_deleted_pod_ends_and_goes(cluster: Cluster, namespace: str) -> None:
     with PodRunner(cluster.kubeconfig, only(namespace, hang())) as runner:
         apply(cluster, namespace, process_pod("stays", ""))
         runner.wait_running("stays")
-        cluster.kubectl("-n", namespace, "delete", "pod", "stays", "--wait=true", timeout=15)
+        cluster.kubectl("-n", namespace, "delete", "pod", "stays", "--wait=true", timeout=60)
     assert cluster.kubectl("-n", namespace, "get", "pod", "stays", check=False).returncode != 0
 
 
@@ -237,7 +237,7 @@ def test_a_process_gets_sigterm_when_its_pod_is_deleted(cluster: Cluster, namesp
         apply(cluster, namespace, process_pod("polite", program))
         runner.wait_running("polite")
         wait_for("the handler", lambda: "ready" in runner.log_of("polite"))
-        cluster.kubectl("-n", namespace, "delete", "pod", "polite", "--wait=true", timeout=15)
+        cluster.kubectl("-n", namespace, "delete", "pod", "polite", "--wait=true", timeout=60)
     assert note.read_text() == "asked to end"
 
 

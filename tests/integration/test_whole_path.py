@@ -85,9 +85,9 @@ def test_from_kubectl_apply_to_a_model_that_predicts(jobs: Jobs, bucket: str, s3
     from finetune_trainer.inference import load
 
     jobs.apply(job("whole", epochs=4))
-    seen = wait(lambda: (jobs.status("whole").get("trainerStatus") or {}).get("progressPercentage"), "progress", 60)
+    seen = wait(lambda: (jobs.status("whole").get("trainerStatus") or {}).get("progressPercentage"), "progress")
     assert seen > 0
-    status = jobs.wait_state("whole", "Complete", 120)
+    status = jobs.wait_state("whole", "Complete")
     assert status["trainerStatus"]["progressPercentage"] == 100
     assert status["checkpoint"]["uri"].startswith(f"s3://{bucket}/out/whole/checkpoints/step-")
     assert jobs.condition("whole", "Checkpointed")["status"] == "True"
@@ -104,15 +104,15 @@ def test_sigkill_of_trainer_and_of_operator_in_the_middle(
     jobs: Jobs, bucket: str, s3: S3Server, operator: Operator, processes: PodRunner
 ) -> None:
     jobs.apply(job("killed", epochs=4), job("unharmed", epochs=4))
-    wait(lambda: jobs.status("killed").get("checkpoint"), "a checkpoint in the status", 60)
+    wait(lambda: jobs.status("killed").get("checkpoint"), "a checkpoint in the status")
     os.kill(processes.process_of(jobs.wait_pod("killed-1")), signal.SIGKILL)
-    jobs.wait_pod("killed-2", 60)
+    jobs.wait_pod("killed-2")
     operator.kill()
     operator.start()
-    status = jobs.wait_state("killed", "Complete", 120)
+    status = jobs.wait_state("killed", "Complete")
     assert (status["attempt"], status["restartsCountTowardsMax"]) == (2, 1)
     assert status["resumedFrom"]["step"] >= 25
-    jobs.wait_state("unharmed", "Complete", 120)
+    jobs.wait_state("unharmed", "Complete")
     killed, unharmed = result_of(s3, "killed"), result_of(s3, "unharmed")
     assert killed["evaluations"] == unharmed["evaluations"], "the continued run is not the run that was never interrupted"
     assert killed["result"]["metrics"] == unharmed["result"]["metrics"]
@@ -120,28 +120,28 @@ def test_sigkill_of_trainer_and_of_operator_in_the_middle(
 
 def test_suspend_saves_first_and_resume_goes_on(jobs: Jobs, bucket: str) -> None:
     jobs.apply(job("paused", epochs=6))
-    wait(lambda: jobs.status("paused").get("checkpoint"), "a checkpoint in the status", 60)
+    wait(lambda: jobs.status("paused").get("checkpoint"), "a checkpoint in the status")
     jobs.patch("paused", {"suspend": True})
-    status = jobs.wait_state("paused", "Suspended", 60)
+    status = jobs.wait_state("paused", "Suspended")
     saved = status["checkpoint"]["step"]
     jobs.patch("paused", {"suspend": False})
-    status = jobs.wait_state("paused", "Complete", 120)
+    status = jobs.wait_state("paused", "Complete")
     assert status["resumedFrom"]["step"] >= saved
     assert status["restarts"] == 0
 
 
 def test_a_recreated_job_completes_without_training(jobs: Jobs, bucket: str) -> None:
     jobs.apply(job("twice", epochs=1))
-    jobs.wait_state("twice", "Complete", 60)
+    jobs.wait_state("twice", "Complete")
     jobs.cluster.kubectl("-n", jobs.namespace, "delete", "ftj", "twice")
     wait(lambda: not jobs.list("pods"), "pods gone")
     jobs.apply(job("twice", epochs=1))
-    jobs.wait_state("twice", "Complete", 60)
+    jobs.wait_state("twice", "Complete")
     assert jobs.condition("twice", "Complete")["reason"] == "AlreadyCompleted"
     jobs.cluster.kubectl("-n", jobs.namespace, "delete", "ftj", "twice")
     wait(lambda: not jobs.list("pods"), "pods gone")
     jobs.apply(job("twice", epochs=2))
-    jobs.wait_state("twice", "Failed", 60)
+    jobs.wait_state("twice", "Failed")
     assert jobs.condition("twice", "Failed")["reason"] == "OutputExists"
     assert "output.overwrite" in jobs.condition("twice", "Failed")["message"]
 
@@ -169,7 +169,7 @@ def test_what_is_wrong_is_said_in_a_sentence(
     wrong = job(name)
     wrong["spec"]["dataset"].update(change)
     jobs.apply(wrong)
-    jobs.wait_state(name, "Failed", 60)
+    jobs.wait_state(name, "Failed")
     failed = jobs.condition(name, "Failed")
     assert failed["reason"] == reason
     assert says in failed["message"]
@@ -182,7 +182,7 @@ def test_wrong_credentials_are_said_in_a_sentence_and_the_operator_goes_on(
     literals = [f"--from-literal={name}={value}" for name, value in wrong.items()]
     jobs.cluster.kubectl("-n", jobs.namespace, "create", "secret", "generic", "wrong", *literals)
     jobs.apply(job("denied", secret="wrong"))
-    jobs.wait_state("denied", "Failed", 60)
+    jobs.wait_state("denied", "Failed")
     failed = jobs.condition("denied", "Failed")
     assert failed["reason"] == "StorageDenied"
     assert "AWS_SECRET_ACCESS_KEY" in failed["message"]

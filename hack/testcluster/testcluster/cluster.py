@@ -30,7 +30,7 @@ CONTROLLERS = (
 )
 _ISSUER = "https://kubernetes.default.svc"
 _SERVICE_RANGE, _SERVICE_IP = "10.0.0.0/24", "10.0.0.1"
-_READY_SECONDS = 60.0
+_READY_SECONDS = 120.0
 _START_ATTEMPTS = 3  # a port can be lost between choosing and binding it
 _LOOPBACK = "127.0.0.1"
 _AUDIT_POLICY = "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\nrules:\n- level: Metadata\n"

@@ -22,6 +22,7 @@ from testcluster.processes import Child, free_port, wait_until
 CHART = Path(__file__).parents[3] / "charts" / "finetune-operator"
 RELEASE = "finetune-operator"
 TOKEN_HOURS = 12
+_READY_SECONDS = 120.0
 
 
 def render(values: list[str] | None = None, *, namespace: str = "finetune-system") -> list[dict[str, object]]:
@@ -107,7 +108,7 @@ class Operator:
     def start(self) -> None:
         """Started and ready."""
         self.process = Child.start("operator", self.command(), log=self.log, environment={**os.environ, **self.env})
-        wait_until(lambda: self.http("readyz")[0] == 200, [self.process], 30, "the operator")
+        wait_until(lambda: self.http("readyz")[0] == 200, [self.process], _READY_SECONDS, "the operator")
 
     def kill(self) -> None:
         """SIGKILL: the operator gets no chance to tidy up."""

@@ -207,6 +207,7 @@ async def _lead(
     parts: set[asyncio.Task[Any]] = {workers, resync, lease, stopping, watching}
     done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     stop.set()
+    asyncio.get_running_loop().set_exception_handler(_on_loop_error)
     queue.close()
     for part in (resync, signals):
         part.cancel()
@@ -220,6 +221,15 @@ async def _lead(
             raise error
         if part is not watching:  # kopf ends by itself only when it took the signal
             raise RuntimeError(f"{part.get_name()} ended by itself")
+
+
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """kopf leaves its watches to asyncio, which closes the outer and the inner generator of each at once when the loop ends: whichever
+    comes second complains. Nothing is lost by then, and a traceback at each stop would hide real ones."""
+    if getattr(context.get("asyncgen"), "__qualname__", "") == "infinite_watch":
+        log.debug("%s: %s", context["message"], context.get("exception"))
+    else:
+        loop.default_exception_handler(context)
 
 
 def _take_signals(stop: asyncio.Event) -> None:
