@@ -12,7 +12,7 @@ from finetune_operator.domain.types import Settings
 from finetune_operator.kube.aio import AioCluster, load_configuration
 from finetune_operator.observe.metrics import Metrics
 from integration.chart import install
-from integration.jobs import Jobs, manifest
+from integration.jobs import PATIENCE, Jobs, manifest
 from testcluster import Cluster
 
 SETTINGS = Settings(trainer_image="trainer:1", progress_url="https://127.0.0.1:1", progress_ca="PEM")
@@ -39,7 +39,7 @@ async def resync_once(reconciler: Reconciler, namespace: str) -> None:
     task = asyncio.create_task(
         watch.resync(reconciler.cluster, [namespace], reconciler.queue, reconciler, 3600, listed), name="resync"
     )
-    await asyncio.wait_for(listed.wait())
+    await asyncio.wait_for(listed.wait(), PATIENCE)
     task.cancel()
 
 
