@@ -46,6 +46,7 @@ def up(*, node: bool) -> int:
         print(f"The cluster is up already.\n{state['hello']}")
         return 0
     command = [sys.executable, "-m", "testcluster"]
+    _pretrained()  # now: a sandbox has no way to a package index
     if node and _node_can_run():
         images.prepare()
         binaries.ensure()
