@@ -112,7 +112,7 @@ def leader(world: World) -> str | None:
 
 
 def test_training_survives_the_operators_pod_and_an_upgrade_of_the_chart(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "calm", epochs=80))
+    jobs.apply(job(jobs, "calm", epochs=2000))
     saved = wait_checkpoint(jobs, "calm")
     first = wait(lambda: leader(installed), "a leader")
     installed.kubectl("-n", SYSTEM, "delete", "pod", first, "--grace-period=0", "--force")
@@ -125,10 +125,12 @@ def test_training_survives_the_operators_pod_and_an_upgrade_of_the_chart(install
     first = wait(lambda: leader(installed), "a leader")
     installed.kubectl("-n", SYSTEM, "delete", "pod", first, "--grace-period=0", "--force")
     assert wait(lambda: leader(installed), "another leader", 60) != first
-    wait_checkpoint(jobs, "calm", beyond=saved)
+    saved = wait_checkpoint(jobs, "calm", beyond=saved)
 
     installed.helm("rollback", RELEASE, "1", "--wait", "--timeout=150s")
-    status = jobs.wait_state("calm", "Complete", 240)
+    wait_checkpoint(jobs, "calm", beyond=saved)
+    jobs.cluster.kubectl("-n", jobs.namespace, "patch", "ftj", "calm", "--type=merge", "-p", '{"spec":{"stop":true}}')
+    status = jobs.wait_state("calm", "Complete")
     assert (status["attempt"], status["restarts"]) == (1, 0)
     assert [j["metadata"]["name"] for j in jobs.list("jobs")] == ["calm-1"]
     operators = json.loads(installed.kubectl("-n", SYSTEM, "get", "deployment", RELEASE, "-o", "json").stdout)

@@ -42,14 +42,15 @@ def events(world: World) -> list[Object]:
 def test_every_right_was_used_and_none_was_missing(installed: World) -> None:
     if installed.node is None:
         pytest.skip("the audit log of a cluster of yours is not ours to read")
-    used, refused = set(), []
+    used, allowed, refused = set(), set(), set()
     for event in events(installed):
         reference = event.get("objectRef") or {}
         resource = "/".join(filter(None, (reference.get("resource"), reference.get("subresource"))))
         used.add((event["verb"], reference.get("apiGroup", ""), resource))
-        if event.get("annotations", {}).get("authorization.k8s.io/decision") == "forbid":
-            refused.append((event["verb"], event["requestURI"]))
-    assert refused == []
+        forbidden = event.get("annotations", {}).get("authorization.k8s.io/decision") == "forbid"
+        (refused if forbidden else allowed).add((event["verb"], event["requestURI"].partition("?")[0]))
+    # `helm uninstall` may take the rights from a pod that has yet to let go of its Lease; what was allowed before is not missing.
+    assert refused - allowed == set()
     granted = {(verb, row.group, row.resource) for row in PERMISSIONS for verb in row.verbs}
     assert granted - used == UNUSED_BUT_JUSTIFIED
 
