@@ -77,7 +77,7 @@ def test_suspended_in_the_middle_it_goes_on_from_its_checkpoint(jobs: Jobs) -> N
     jobs.apply(job(jobs, "paused"))
     saved = wait_checkpoint(jobs, "paused")
     jobs.patch("paused", {"suspend": True})
-    saved = max(saved, jobs.wait_state("paused", "Suspended", 90)["checkpoint"]["step"])
+    saved = max(saved, jobs.wait_state("paused", "Suspended")["checkpoint"]["step"])
     wait(lambda: not jobs.list("pods"), "no pods while it is suspended", 60)
     jobs.patch("paused", {"suspend": False})
     status = jobs.wait_state("paused", "Complete", 180)
@@ -189,8 +189,8 @@ def test_what_a_hostile_trainer_pod_reaches(installed: World, jobs: Jobs) -> Non
     jobs.apply(job(jobs, "other", epochs=500), job(jobs, "hostile", epochs=500))
     pod = jobs.wait_pod("hostile-1")
     jobs.wait_pod("other-1")
-    jobs.wait_state("hostile", "Running", 60)
-    jobs.wait_state("other", "Running", 60)
+    jobs.wait_state("hostile", "Running")
+    jobs.wait_state("other", "Running")
     node = f"NODE={jobs.get(pod, 'pod')['status']['hostIP']}"
     said = installed.kubectl("-n", jobs.namespace, "exec", "-i", pod, "--", "env", node, "python", "-", stdin=HOSTILE).stdout
     reached = json.loads(said)

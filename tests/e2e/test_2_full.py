@@ -88,11 +88,11 @@ def test_a_queue_admits_the_job_as_kueue_does(installed: World, jobs: Jobs) -> N
     child = wait(lambda: next((j for j in jobs.list("jobs") if j["metadata"]["name"] == "queued-1"), None), "the child Job")
     assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
     flip(jobs, "queued-1", suspend=True)
-    jobs.wait_state("queued", "Queued", 60)
+    jobs.wait_state("queued", "Queued")
     flip(jobs, "queued-1", suspend=False)
-    jobs.wait_state("queued", "Running", 90)
+    jobs.wait_state("queued", "Running")
     flip(jobs, "queued-1", suspend=True)  # a preemption
-    jobs.wait_state("queued", "Queued", 90)
+    jobs.wait_state("queued", "Queued")
     flip(jobs, "queued-1", suspend=False)
     status = jobs.wait_state("queued", "Complete", 240)
     assert (status["attempt"], status["restarts"]) == (1, 0)
