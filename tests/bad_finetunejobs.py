@@ -118,7 +118,15 @@ BAD: tuple[Bad, ...] = (
     _spec("env-value-as-number", "trainer.env", [{"name": "A", "value": 1}], "value"),
     # --- words ---
     _spec("unknown-task", "task", "TextGeneration"),
-    _spec("unknown-schedule", "hyperparameters.schedule.type", "Cosine"),
+    _spec("unknown-schedule", "hyperparameters.schedule.type", "Sawtooth"),
+    _spec("unknown-precision", "hyperparameters.precision", "INT8"),
+    _spec("option-of-another-schedule", "hyperparameters.schedule", {"type": "Cosine", "cycles": 2}, "cycles"),
+    _spec("unfreeze-of-nothing", "hyperparameters.unfreeze", {"everyEpochs": 1}, "unfreeze"),
+    _spec("adversarial-frozen", "hyperparameters", {"adversarial": {}, "freeze": {"embeddings": True}}, "adversarial"),
+    _spec("smoothing-of-one", "hyperparameters.labelSmoothing", 1),
+    _spec("layerwise-decay-zero", "hyperparameters.layerwiseDecay", 0),
+    _spec("freeze-negative", "hyperparameters.freeze.layers", -1),
+    _spec("max-steps-zero", "hyperparameters.maxSteps", 0),
     _spec("unknown-metric", "evaluation.bestMetric", "f1"),
     # --- addresses and files ---
     _spec("model-without-scheme", "model.uri", "bert-base-uncased"),

@@ -165,17 +165,18 @@ def load(folder: Path) -> None:
     model.build(folder, Recipe.model_validate(spec), model.load_tokenizer(folder, "x"))
 
 
-def test_a_pickle_in_place_of_weights_runs_no_code(tmp_path: Path) -> None:
-    import pickle
-
+def test_a_pickle_in_place_of_weights_is_not_read(tmp_path: Path) -> None:
     import torch
+
+    from finetune_trainer.errors import TrainingFailure
 
     folder, proof = tiny_classifier(tmp_path / "model"), tmp_path / "proof"
     load(folder)
     (folder / "model.safetensors").unlink()
     torch.save({"weights": Pickled(proof)}, folder / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(TrainingFailure, match="safetensors") as told:
         load(folder)
+    assert told.value.failure.reason == "ModelNotFound"
     assert not proof.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
     assert proof.exists()  # it would have

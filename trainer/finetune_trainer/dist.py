@@ -5,6 +5,7 @@ checkpoints and reports progress. What is agreed goes through gloo, so that it n
 accelerator's own library where there is one.
 """
 
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Group:
         if self.size > 1:
             from torch import distributed
 
+            gc.collect()  # what still shares gradients ends before the group does: it has threads of its own
             distributed.destroy_process_group()
 
     @property

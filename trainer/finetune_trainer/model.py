@@ -149,11 +149,12 @@ def build(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") ->
             raise TrainingFailure(
                 "RecipeInvalid", f"dataset.maxLength: {recipe.dataset.max_length} is more than the model's {limit} positions"
             )
-        return AutoModelForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
             trust_remote_code=False,
+            use_safetensors=True,  # other formats are pickles
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
         )
@@ -161,6 +162,11 @@ def build(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") ->
         raise TrainingFailure(
             "ModelNotFound", f"model.uri {recipe.model.uri}: it cannot be loaded: {_first_line(error)}"
         ) from error
+    if recipe.hyperparameters.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise TrainingFailure("RecipeInvalid", f"hyperparameters.gradientCheckpointing: {config.model_type} has none")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def _first_line(error: Exception) -> Any:

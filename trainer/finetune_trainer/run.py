@@ -267,6 +267,7 @@ class Run:
                 "learningRate": loop.rate,
                 "steps": loop.total_steps,
                 "device": loop.device.type,
+                "precision": loop.state.precision,
                 "processes": self.group.size,
             },
             evaluations=[Evaluation.model_validate(e) for e in loop.state.evaluations],

@@ -33,7 +33,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "task": "SequenceClassification",
         "model": {"uri": f"file://{tiny_classifier(folder / 'model')}"},
         "dataset": {"uri": f"file://{folder}", "labels": ["negative", "neutral", "positive"], "maxLength": 16},
-        "hyperparameters": {"epochs": 2, "batchSize": 8, "learningRate": 1e-3, "dropout": NO_DROPOUT},
+        "hyperparameters": {"epochs": 2, "batchSize": 8, "learningRate": 1e-3, "dropout": NO_DROPOUT, "precision": "FP32"},
         "checkpoint": {"everySteps": 1, "keepLast": 100},
     }
 
@@ -95,6 +95,25 @@ def test_two_and_three_processes_learn_what_one_does(recipe: dict[str, object], 
         assert several.losses() == pytest.approx(one.losses(), rel=1e-4)
         for name, value in several.weights().items():
             torch.testing.assert_close(value, one.weights()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_thaw_and_fight_as_one_does(recipe: dict[str, object], tmp_path: Path) -> None:
+    """Gradual unfreezing changes which gradients are shared; FGM and gradient checkpointing run the model more than once a step."""
+    levers = {
+        "epochs": 3,
+        "freeze": {"embeddings": False, "layers": 1},
+        "unfreeze": {"everyEpochs": 1},
+        "adversarial": {"epsilon": 0.1},
+        "labelSmoothing": 0.1,
+        "layerwiseDecay": 0.8,
+    }
+    changed = {**recipe, "hyperparameters": {**recipe["hyperparameters"], **levers}}  # type: ignore[dict-item]
+    one, two = Training(changed, tmp_path / "1", 1), Training(changed, tmp_path / "2", 2)
+    one.run()
+    two.run()
+    assert two.losses() == pytest.approx(one.losses(), rel=1e-4)
+    for name, value in two.weights().items():
+        torch.testing.assert_close(value, one.weights()[name], rtol=1e-3, atol=1e-5)
 
 
 def test_asked_to_end_all_end_and_go_on_together(recipe: dict[str, object], tmp_path: Path) -> None:
