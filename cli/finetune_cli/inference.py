@@ -1,21 +1,20 @@
 """`finetune predict` and `finetune evaluate`: a trained model at work on texts from the command line, a pipe or a file."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_api.names import MODEL_CARD_FILE
 from finetune_cli import inputs, show
 from finetune_cli.errors import UserError
 from finetune_trainer.data import read_table
 from finetune_trainer.errors import TrainingFailure
 
 if TYPE_CHECKING:
-    from finetune_trainer.inference import Predictor
+    from finetune_trainer.inference import Card, Predictor
 
 SHOWN_CHARACTERS = 60
 TABLES = (".csv", ".jsonl")
@@ -24,26 +23,38 @@ TABLES = (".csv", ".jsonl")
 def predict(
     model: str, texts: list[str], *, file: Path | None, text_column: str | None, as_json: bool, s3_root: Path | None
 ) -> int:
-    """Prints label and probabilities of each text, in order; 0. Raises UserError."""
+    """Prints what the model says of each text, in order; 0. Raises UserError."""
     if texts and file is not None:
         raise UserError("give texts or --file, not both")
     with _model_folder(model, s3_root) as folder:
         # Before the model is loaded, which takes seconds: a wrong file is told at once.
-        card = _card(folder)
-        texts = texts or _texts_to_label(file, text_column or card.get("textColumn", "text"))
-        predictor = _load(folder)
-        predictions = predictor.predict(texts)
-        labels = predictor.labels
+        card = _with_columns(_card(folder), text_column, None)
+        inputs_: list[Any] = list(texts) or _texts_to_label(file, card)
+        predictor = _load(folder, card)
+        answers = predictor.predict(inputs_)
     if as_json:
-        both = zip(texts, predictions, strict=True)
-        show.as_json([{"text": t, "label": p.label, "probabilities": p.probabilities} for t, p in both])
+        show.as_json([{"text": t, **answer} for t, answer in zip(inputs_, answers, strict=True)])
         return 0
-    rows = [
-        (_short(text), p.label, *(f"{p.probabilities[label]:.3f}" for label in labels))
-        for text, p in zip(texts, predictions, strict=True)
-    ]
-    show.table("predictions", ("text", "label", *labels), rows, words=("text", "label"))
+    header, rows = _as_table(predictor.kind.labels, inputs_, answers)
+    show.table("predictions", header, rows, words=tuple(h for h in header if h not in predictor.kind.labels))
     return 0
+
+
+def _as_table(
+    labels: list[str], texts: list[Any], answers: list[dict[str, Any]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: what was said, and where there are probabilities those of all labels."""
+    if "tags" in answers[0]:
+        tagged = (zip(a["words"], a["tags"], strict=True) for a in answers)
+        return ("words with tags",), [(" ".join(f"{w}/{t}" if t else w for w, t in words),) for words in tagged]
+    said = next(key for key in ("label", "labels", "value", "completion") if key in answers[0])
+    shown = [", ".join(a[said]) if said == "labels" else f"{a[said]:.4g}" if said == "value" else a[said] for a in answers]
+    odds = labels if "probabilities" in answers[0] else []
+    rows = [
+        (_short(_flat(text)), words, *(f"{a['probabilities'][label]:.3f}" for label in odds))
+        for text, words, a in zip(texts, shown, answers, strict=True)
+    ]
+    return ("text", said, *odds), rows
 
 
 def evaluate(
@@ -53,19 +64,19 @@ def evaluate(
     if data.suffix not in TABLES:
         raise UserError(f"--data {data}: must be a .csv or .jsonl file")
     with _model_folder(model, s3_root) as folder:
-        card = _card(folder)
-        text, label = text_column or card.get("textColumn", "text"), label_column or card.get("labelColumn", "label")
-        rows = _table(data, (text, label))
-        texts = _column(rows, text, data)
-        predictor = _load(folder)
-        scored = predictor.evaluate(texts, [str(row[label]) for row in rows])
-        per_class = scored.per_class(predictor.labels)
+        card = _with_columns(_card(folder), text_column, label_column)
+        rows = _table(data, card.kind.columns)
+        _inputs(card, rows, data)
+        predictor = _load(folder, card)
+        scored = predictor.evaluate(rows)
     if as_json:
-        show.as_json({"model": model, "data": str(data), "examples": len(rows), "metrics": scored.values, "perClass": per_class})
+        values = {"metrics": scored.values, "perClass": scored.per_class}
+        show.as_json({"model": model, "data": str(data), "examples": len(rows), **values})
         return 0
-    values = [f"{value:.4f}" for value in scored.values.values()]
-    show.table(f"{data}: {len(rows)} examples", list(scored.values), [values])
-    show.scores("by label", per_class)
+    shown = [f"{value:.4f}" for value in scored.values.values()]
+    show.table(f"{data}: {len(rows)} examples", list(scored.values), [shown])
+    if scored.per_class:
+        show.scores("by label", scored.per_class)
     return 0
 
 
@@ -79,35 +90,37 @@ def _model_folder(model: str, s3_root: Path | None) -> Iterator[Path]:
         raise UserError(failure.message, failure.failure.exit_code or 1) from failure
 
 
-def _card(folder: Path) -> dict[str, Any]:
+def _card(folder: Path) -> "Card":
     """What the training wrote down beside the model."""
-    file = folder / MODEL_CARD_FILE
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TrainingFailure(
-            "ModelNotFound", f"{folder}: there is no {file.name}; it is not a model of `finetune run`"
-        ) from error
-    except ValueError as error:
-        raise TrainingFailure("ModelNotFound", f"{file}: is not JSON: train again, or restore it") from error
-    if not isinstance(card, dict) or not isinstance(card.get("maxLength"), int):
-        raise TrainingFailure("ModelNotFound", f"{file}: has no maxLength: train again, or restore it")
-    return card
+    from finetune_trainer.inference import Card
+
+    return Card.read(folder)
 
 
-def _load(folder: Path) -> "Predictor":
+def _with_columns(card: "Card", text: str | None, label: str | None) -> "Card":
+    """Read from other columns than the training data's."""
+    text_field, label_field = "text_column", "label_column"
+    if card.dataset.messages_column is not None:
+        text_field = "messages_column"
+    elif card.dataset.prompt_column is not None:
+        text_field, label_field = "prompt_column", "completion_column"
+    columns = {field: name for field, name in ((text_field, text), (label_field, label)) if name}
+    return replace(card, dataset=card.dataset.model_copy(update=columns))
+
+
+def _load(folder: Path, card: "Card") -> "Predictor":
     # Before transformers is imported: its progress bars would mix with our output.
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     from finetune_trainer.inference import load
 
-    return load(folder)
+    return load(folder, card)
 
 
-def _texts_to_label(file: Path | None, column: str) -> list[str]:
+def _texts_to_label(file: Path | None, card: "Card") -> list[Any]:
     if file is not None:
-        texts = _texts_of(file, column)
+        texts = _texts_of(file, card)
     else:
         if sys.stdin.isatty():
             show.note("reading texts from the terminal, one per line; Ctrl-D ends")
@@ -117,9 +130,9 @@ def _texts_to_label(file: Path | None, column: str) -> list[str]:
     return texts
 
 
-def _texts_of(file: Path, column: str) -> list[str]:
+def _texts_of(file: Path, card: "Card") -> list[Any]:
     if file.suffix in TABLES:
-        return _column(_table(file, (column,)), column, file)
+        return _inputs(card, _table(file, card.kind.inputs), file)
     if file.suffix != ".txt":
         raise UserError(f"--file {file}: must be a .csv, .jsonl or .txt file")
     try:
@@ -133,15 +146,24 @@ def _table(file: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
         return read_table(file, columns, str(file))
     except TrainingFailure as failure:
         # The trainer's sentences name the manifest's fields; here the columns are named by flags.
-        message = failure.message.replace("dataset.textColumn", "--text-column").replace("dataset.labelColumn", "--label-column")
+        message = failure.message.replace("correct the columns in dataset", "say others with --text-column, --label-column")
         raise UserError(message, failure.failure.exit_code or 1) from failure
 
 
-def _column(rows: list[dict[str, Any]], column: str, file: Path) -> list[str]:
-    wrong = [n for n, row in enumerate(rows, start=1) if not isinstance(row[column], str)]
-    if wrong:
-        raise UserError(f"{file}: the {column} of row {wrong[0]} is not a text")
-    return [row[column] for row in rows]
+def _inputs(card: "Card", rows: list[dict[str, Any]], file: Path) -> list[Any]:
+    from finetune_trainer.inference import read_inputs
+
+    try:
+        return read_inputs(card.kind, rows)
+    except TrainingFailure as failure:
+        raise UserError(f"{file}: {failure.message}", failure.failure.exit_code or 1) from failure
+
+
+def _flat(text: Any) -> str:
+    """Of a pair of texts, or of a chat, whose last message counts."""
+    if isinstance(text, str):
+        return text
+    return str(text[-1]["content"]) if isinstance(text, list) else " / ".join(text)
 
 
 def _short(text: str) -> str:

@@ -1,16 +1,17 @@
 """`finetune validate`: reads manifest and data exactly as the trainer will, and counts what is there."""
 
 import tempfile
-from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from finetune_api import Recipe
 from finetune_cli import inputs, show
 from finetune_cli.errors import UserError
 from finetune_trainer.config import Runtime
-from finetune_trainer.data import Examples
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.run import read_splits
+from finetune_trainer.tasks import Examples
 
 
 def validate(file: Path, overrides: list[str], *, s3_root: Path | None) -> int:
@@ -32,17 +33,25 @@ def validate(file: Path, overrides: list[str], *, s3_root: Path | None) -> int:
 
 
 def _show(recipe: Recipe, splits: dict[str, Examples]) -> None:
-    labels = recipe.dataset.labels
+    keys = {name: [str(text) for text in split.texts] for name, split in splits.items()}
+    labels = recipe.labels if isinstance(next(iter(splits.values())).labels, np.ndarray) else []
     rows = []
     for name, split in splits.items():
-        counts = Counter(split.labels.tolist())
-        double = len(split) - len(set(split.texts))
-        longest = max(len(text) for text in split.texts)
-        rows.append((name, str(len(split)), *(str(counts[i]) for i in range(len(labels))), str(double), str(longest)))
+        double = len(split) - len(set(keys[name]))
+        longest = max(len(text) for text in keys[name])
+        rows.append((name, str(len(split)), *_counts(split, len(labels)), str(double), str(longest)))
     header = ("split", "examples", *labels, "duplicates", "longest")
     show.table(f"data of {recipe.dataset.uri} (longest: characters)", header, rows, words=("split",))
-    seen = set(splits["train"].texts)
-    for name, split in splits.items():
-        shared = sum(text in seen for text in split.texts)
+    seen = set(keys["train"])
+    for name, texts in keys.items():
+        shared = sum(text in seen for text in texts)
         if name != "train" and shared:
             show.note(f"warning: {shared} texts of {name} are also in train: scores on {name} will look better than they are")
+
+
+def _counts(split: Examples, labels: int) -> list[str]:
+    """How many examples each label has: ids, or a 0/1 for each label."""
+    if not labels:
+        return []
+    counts = split.labels.sum(axis=0) if split.labels.ndim == 2 else np.bincount(split.labels, minlength=labels)
+    return [str(int(count)) for count in counts]

@@ -10,7 +10,8 @@ from pydantic_core import PydanticCustomError
 from finetune_api.base import Cel, EachOnce, Model
 from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
 from finetune_api.placement import Placement
-from finetune_api.recipe import Dataset, ModelSource, Output, Recipe, Task
+from finetune_api.recipe import Dataset, ModelSource, Output, Recipe
+from finetune_api.tasks import Task
 
 NAME = rf"^[a-z]([-a-z0-9]{{0,{MAX_NAME_LENGTH - 2}}}[a-z0-9])?$"
 
@@ -37,6 +38,7 @@ class FineTuneJobSpec(Recipe, Placement):
     """Where the result goes. Required, unless trainer.command runs a script of yours."""
 
     cel: ClassVar[tuple[Cel, ...]] = (
+        *Recipe.cel,
         *(
             Cel(
                 f"has(self.{name}) || (has(self.trainer) && has(self.trainer.command)"

@@ -13,6 +13,7 @@ from pydantic.alias_generators import to_camel
 
 from finetune_api.base import Cel, EachOnce, Model, Shape
 from finetune_api.names import CHECKPOINTS_DIR
+from finetune_api.tasks import METRICS, RULES, Metric, Task
 
 MODEL_URI = r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9._/-]+)?|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+|file:///.+)$"
 DATA_URI = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|file:///.+)$"
@@ -40,10 +41,26 @@ DataFile = Annotated[
 ]
 
 
-class Task(StrEnum):
-    """What the model learns to do."""
+class Lora(Model):
+    """Low-rank adapters (Hu et al., 2021): the pretrained weights stay, small matrices beside them train, and the head."""
 
-    SEQUENCE_CLASSIFICATION = "SequenceClassification"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the matrices."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 32
+    """The adapters' output is multiplied with alpha/rank."""
+    dropout: Share = 0.0
+    """Dropout rate before the adapters."""
+    target_modules: (
+        Annotated[
+            list[Annotated[str, StringConstraints(min_length=1, max_length=253)]], Field(min_length=1, max_length=64), EachOnce()
+        ]
+        | None
+    ) = None
+    """Ends of the names of the linear modules that get an adapter, for example q_proj. Default: all linear modules of all
+    layers."""
+    merge: bool = True
+    """true: the adapters are added to the weights at the end and the result is a whole stock model. false: model/ holds the adapter
+    alone, as peft has it."""
 
 
 class ModelSource(Model):
@@ -52,6 +69,17 @@ class ModelSource(Model):
     uri: ModelUri
     """Where the model is: hf://org/name[@revision], s3://bucket/prefix or file:///path (a path inside the pod). hf:// looks
     first in the mirror (FINETUNE_MODEL_MIRROR), then at the hub."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of the weights."""
+
+
+class MultiLabel(Model):
+    """Any number of labels for one text."""
+
+    separator: Annotated[str, StringConstraints(min_length=1, max_length=8)] = "|"
+    """What stands between the labels in one field of labelColumn. In jsonl a list of labels does as well."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Probability from which on a label is predicted."""
 
 
 class Dataset(Model):
@@ -66,11 +94,23 @@ class Dataset(Model):
     test: DataFile | None = None
     """File that the final model is scored on, once, relative to uri. Without it there are no test metrics."""
     text_column: Column = "text"
-    """Column with the text."""
+    """Column with the text. For TokenClassification with the words: separated by spaces, or a list in jsonl."""
+    text_pair_column: Column | None = None
+    """Column with a second text, for tasks about two texts. For SequenceClassification and Regression."""
     label_column: Column = "label"
-    """Column with the label."""
-    labels: Annotated[list[Label], Field(min_length=2, max_length=1000), EachOnce()]
-    """All labels; their order gives their ids. A row with another label is an error that names the row."""
+    """Column with the label; for Regression with a number; for TokenClassification with one tag for each word."""
+    labels: Annotated[list[Label], Field(min_length=2, max_length=1000), EachOnce()] | None = None
+    """All labels; their order gives their ids. A row with another label is an error that names the row. SequenceClassification
+    and TokenClassification need it."""
+    multi_label: MultiLabel | None = None
+    """For SequenceClassification where a text may have several labels, or none."""
+    prompt_column: Column | None = None
+    """Column with the prompt. CausalLM needs it and completionColumn, or messagesColumn."""
+    completion_column: Column | None = None
+    """Column with what the model shall write after the prompt; the loss is on these tokens only."""
+    messages_column: Column | None = None
+    """Column with a chat: a list of objects with role and content, in jsonl. The model's chat template makes the text; the loss is on
+    what the assistant says."""
     max_length: Annotated[int, Field(ge=8, le=32768)] = 256
     """Longest text in tokens; the rest of a longer text is cut off (the share of cut texts is logged)."""
 
@@ -79,6 +119,16 @@ class Dataset(Model):
             "self.textColumn != self.labelColumn",
             "textColumn and labelColumn must be different columns",
             ".labelColumn",
+        ),
+        Cel(
+            "has(self.promptColumn) == has(self.completionColumn)",
+            "promptColumn and completionColumn belong together",
+            ".completionColumn",
+        ),
+        Cel(
+            "!(has(self.promptColumn) && has(self.messagesColumn))",
+            "set promptColumn and completionColumn or messagesColumn, not both",
+            ".messagesColumn",
         ),
         Cel("self.train != self.validation", "train and validation must be different files", ".validation"),
         Cel(
@@ -92,6 +142,10 @@ class Dataset(Model):
     def _distinct(self) -> Self:
         if self.text_column == self.label_column:
             raise ValueError("labelColumn: textColumn and labelColumn must be different columns")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError("completionColumn: promptColumn and completionColumn belong together")
+        if self.prompt_column is not None and self.messages_column is not None:
+            raise ValueError("messagesColumn: set promptColumn and completionColumn or messagesColumn, not both")
         if self.train == self.validation:
             raise ValueError("validation: train and validation must be different files")
         if self.test in (self.train, self.validation):
@@ -256,8 +310,8 @@ class Hyperparameters(Model):
     """How to train. The optimizer is AdamW (Loshchilov and Hutter, 2019) with beta (0.9, 0.999)."""
 
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    """Peak learning rate. Default by model size: 2e-4 below 50M parameters, 5e-5 below 200M, 2e-5 above; the value used is in
-    result.json."""
+    """Peak learning rate. Default by model size: 2e-4 below 50M parameters, 5e-5 below 200M, 2e-5 above; with model.lora ten times
+    as much. The value used is in result.json."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
     """Examples per optimizer step, over all processes."""
     epochs: Annotated[int, Field(ge=1, le=10000)] = 3
@@ -312,19 +366,6 @@ class Hyperparameters(Model):
         return self
 
 
-class Metric(StrEnum):
-    """Metrics of a classification on the validation data."""
-
-    MACRO_F1 = "macro_f1"
-    ACCURACY = "accuracy"
-    MACRO_RECALL = "macro_recall"
-    LOSS = "loss"
-
-    @property
-    def higher_is_better(self) -> bool:
-        return self is not Metric.LOSS
-
-
 class EvaluationPolicy(Model):
     """When to evaluate on the validation data, and what decides."""
 
@@ -332,8 +373,9 @@ class EvaluationPolicy(Model):
     """Evaluate after every so many epochs. Default 1, unless everySteps is set."""
     every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Evaluate after every so many optimizer steps (and at the end)."""
-    best_metric: Metric = Metric.MACRO_F1
-    """Metric that selects the best model and drives early stopping."""
+    best_metric: Metric | None = None
+    """Metric that selects the best model and drives early stopping. Default: macro_f1 for SequenceClassification, mse for Regression,
+    f1 for TokenClassification, loss for CausalLM."""
 
     cel: ClassVar[tuple[Cel, ...]] = (
         Cel("!(has(self.everyEpochs) && has(self.everySteps))", "set everyEpochs or everySteps, not both", ".everySteps"),
@@ -386,6 +428,28 @@ class Recipe(Model):
     """When training state is saved, and where."""
     output: Output
     """Where the result goes."""
+
+    cel: ClassVar[tuple[Cel, ...]] = tuple(
+        Cel(rule.guarded, f"{rule.field}: {rule.sentence}", f".{rule.field}") for rule in RULES
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Self:
+        # In a FineTuneJob with a script of the user's they are absent.
+        if self.task is not None and self.dataset is not None and self.model is not None:
+            for rule in RULES:
+                if not rule.holds(self):
+                    raise ValueError(f"{rule.field}: {rule.sentence}")
+        return self
+
+    @property
+    def best_metric(self) -> Metric:
+        return self.evaluation.best_metric or METRICS[self.task][0]
+
+    @property
+    def labels(self) -> list[str]:
+        """Of a task that has any."""
+        return self.dataset.labels or []
 
     @property
     def checkpoint_uri(self) -> str:

@@ -33,7 +33,7 @@ def losses(world: World, jobs: Jobs, name: str, folder: Path) -> list[float]:
 def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Path) -> None:
     def same(name: str, **placement: Any) -> Object:
         made = job(jobs, name, trainer=trainer(env=[{"name": "OMP_NUM_THREADS", "value": "1"}], **placement))
-        made["spec"]["hyperparameters"] |= {"epochs": 2, "dropout": NO_DROPOUT, "batchSize": 32}
+        made["spec"]["hyperparameters"] |= {"epochs": 2, "dropout": NO_DROPOUT, "batchSize": 32, "precision": "FP32"}
         return made
 
     jobs.apply(same("alone"), same("pair", numNodes=2))
@@ -48,6 +48,51 @@ def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Pa
     wait(
         lambda: not [s for s in jobs.list("services") if s["metadata"]["name"] == "pair-nodes"], "the Service to go with its job"
     )
+
+
+TASKS: dict[str, Object] = {
+    "lora": {
+        "model": {"uri": f"s3://{MODELS}/tiny", "lora": {"rank": 4}},
+        "hyperparameters": {"epochs": 4, "batchSize": 8, "learningRate": 1e-2},
+    },
+    "numbers": {"task": "Regression", "dataset": {"labels": None, "labelColumn": "score"}},
+    "tags": {
+        "task": "TokenClassification",
+        "dataset": {
+            "labels": ["O", "B-negative", "B-neutral", "B-positive"],
+            "textColumn": "words",
+            "labelColumn": "tags",
+        },
+    },
+    "sft": {
+        "task": "CausalLM",
+        "model": {"uri": f"s3://{MODELS}/decoder"},
+        "dataset": {"labels": None, "promptColumn": "prompt", "completionColumn": "completion"},
+    },
+}
+
+
+def test_every_task_ends_in_a_model(installed: World, jobs: Jobs) -> None:
+    for name, changes in TASKS.items():
+        made = job(jobs, name, epochs=4)
+        spec = made["spec"]
+        files = {"train": "train.jsonl", "validation": "validation.jsonl"}
+        dataset = {**spec["dataset"], **files, **changes.get("dataset", {})}
+        made["spec"] = {**spec, **changes, "dataset": {k: v for k, v in dataset.items() if v is not None}}
+        jobs.apply(made)
+    scores = {}
+    for name in TASKS:
+        status = jobs.wait_state(name, "Complete", 240)
+        found = {m["name"]: float(m["value"]) for m in status["result"]["metrics"]}
+        scores[name] = found
+        keys = [
+            o["Key"] for o in installed.s3().list_objects_v2(Bucket=DATA, Prefix=f"{jobs.namespace}/{name}/model/")["Contents"]
+        ]
+        assert f"{jobs.namespace}/{name}/model/model.safetensors" in keys
+    assert scores["lora"]["validation/macro_f1"] > 0.9
+    assert scores["numbers"]["validation/pearson"] > 0.9
+    assert scores["tags"]["validation/f1"] > 0.9
+    assert scores["sft"]["validation/token_accuracy"] > 0.6
 
 
 def test_one_of_two_pods_lost_both_start_anew(installed: World, jobs: Jobs) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
-from support.models import tiny_classifier, write_split
+from support.models import tiny_classifier, tiny_decoder, write_split, write_tasks
 from testcluster import S3Server, binaries, images, sandbox
 from testcluster.cluster import Cluster
 from testcluster.node import ADDRESS, Node
@@ -102,8 +102,11 @@ class World:
         with tempfile.TemporaryDirectory() as folder:
             for file in tiny_classifier(Path(folder) / "model").iterdir():
                 client.upload_file(str(file), MODELS, f"tiny/{file.name}")
+            for file in tiny_decoder(Path(folder) / "decoder").iterdir():
+                client.upload_file(str(file), MODELS, f"decoder/{file.name}")
             for split, rows in (("train", 600), ("validation", 60)):
                 client.upload_file(str(write_split(Path(folder) / f"{split}.csv", rows, seed=rows)), DATA, f"tiny/{split}.csv")
+                client.upload_file(str(write_tasks(Path(folder) / f"{split}.jsonl", rows, rows)), DATA, f"tiny/{split}.jsonl")
         for file in (ROOT / "examples/customer-feedback/data").glob("*.csv"):
             client.upload_file(str(file), DATA, f"data/{file.name}")
 

@@ -96,7 +96,7 @@ def test_from_kubectl_apply_to_a_model_that_predicts(jobs: Jobs, bucket: str, s3
     assert metrics["test/macro_f1"] > 0.9, "the data can be learned; this model did not"
     assert status["result"]["modelUri"] == f"s3://{bucket}/out/whole/model"
     predictor = load(download_model(s3, "whole", tmp_path / "model"))
-    assert [p.label for p in predictor.predict(["good good fine", "bad awful bad"])] == ["positive", "negative"]
+    assert [p["label"] for p in predictor.predict(["good good fine", "bad awful bad"])] == ["positive", "negative"]
     assert result_of(s3, "whole")["result"]["metrics"] == status["result"]["metrics"]
 
 

@@ -1,6 +1,7 @@
 """A tiny model and data that it can learn, made in the test: no download, a second to train."""
 
 import csv
+import json
 import random
 from pathlib import Path
 
@@ -37,6 +38,34 @@ def tiny_classifier(folder: Path) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def tiny_decoder(folder: Path) -> Path:
+    """A randomly initialised Llama with the same words."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_classifier(folder))
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, eos_token_id=3, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_tasks(path: Path, count: int, seed: int) -> Path:
+    """A jsonl file with what each task asks for: label, score (from -1 to 1), words and tags, prompt and completion."""
+    score = {"negative": -1, "neutral": 0, "positive": 1}
+    kind_of = {word: kind for kind, words in WORDS.items() for word in words}
+    with path.open("w") as file:
+        for text, label in rows(count, seed):
+            words = text.split()
+            tags = [f"B-{kind_of[word]}" if word in kind_of else "O" for word in words]
+            line = {"text": text, "label": label, "score": score.get(label, 0), "words": words, "tags": tags}
+            file.write(json.dumps({**line, "prompt": text, "completion": WORDS[label][0]}) + "\n")
+    return path
 
 
 def rows(count: int, seed: int) -> list[tuple[str, str]]:

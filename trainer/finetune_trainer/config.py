@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -52,14 +53,19 @@ def load_runtime(env: Mapping[str, str] = os.environ) -> Runtime:
         return Path(env[name]) if env.get(name) else None
 
     return Runtime(
+        **places(env),
         job_name=env.get(names.ENV_JOB_NAME, "finetune"),
         workdir=Path(env.get(names.ENV_WORKDIR, ".")),
         attempt=int(attempt) if (attempt := env.get(names.ENV_ATTEMPT, "1")).isdecimal() else 1,
         execution=env.get(names.ENV_POD_UID) or uuid.uuid4().hex,
-        model_mirror=env.get(names.ENV_MODEL_MIRROR) or None,
-        s3_root=path(names.ENV_S3_ROOT),
         termination_log=path(names.ENV_TERMINATION_LOG),
         progress_url=env.get(names.ENV_PROGRESS_URL) or None,
         progress_ca=env.get(names.ENV_PROGRESS_CA) or None,
         progress_token=path(names.ENV_PROGRESS_TOKEN),
     )
+
+
+def places(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Where hf:// and s3:// are found, as fields of Runtime."""
+    root = env.get(names.ENV_S3_ROOT)
+    return {"model_mirror": env.get(names.ENV_MODEL_MIRROR) or None, "s3_root": Path(root) if root else None}

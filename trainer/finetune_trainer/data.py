@@ -1,4 +1,4 @@
-"""Reads the examples, turns them into tokens, and plans the batches. Pure but for reading files.
+"""Reads the examples and plans the batches. Pure but for reading files.
 
 Errors name the file and the row, never a row's text: texts are customers' words and errors end up in statuses and logs.
 """
@@ -7,84 +7,48 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api.recipe import Dataset
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.tasks import IGNORED, BadRowError, Encoded, Examples, TaskKind
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 BUCKET_BATCHES = 50
 """Batches whose rows are sorted by length together: little padding, and still a random mix."""
 MAX_REPORTED = 5
 
 
-@dataclass(frozen=True)
-class Examples:
-    """One split: texts and label ids, in file order."""
-
-    name: str
-    texts: list[str]
-    labels: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One split as token ids; row i has ids[i] and labels[i]. `truncated` rows were longer than maxLength."""
-
-    ids: list[list[int]]
-    labels: npt.NDArray[np.int64]
-    truncated: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return np.array([len(row) for row in self.ids], dtype=np.int64)
-
-
-def read_split(path: Path, dataset: Dataset, *, name: str, training: bool = False) -> Examples:
+def read_split(path: Path, kind: TaskKind, *, name: str, training: bool = False) -> Examples:
     """One file's examples. Raises TrainingFailure(DataInvalid) that lists the first few bad rows."""
-    ids = {label: i for i, label in enumerate(dataset.labels)}
-    texts: list[str] = []
-    labels: list[int] = []
+    texts: list[Any] = []
+    targets: list[Any] = []
     bad: list[str] = []
-    for line, row in _rows(path, name, (dataset.text_column, dataset.label_column)):
-        text, label = row[dataset.text_column], str(row[dataset.label_column])
-        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
-            bad.append(
-                f"line {line}: {dataset.text_column} holds half a surrogate pair (\\ud800 to \\udfff): it is no valid text"
-            )
-        elif not isinstance(text, str) or not text.strip():
-            bad.append(f"line {line}: {dataset.text_column} is empty or no text")
-        elif label not in ids:
-            bad.append(f"line {line}: its {dataset.label_column} is not one of dataset.labels ({', '.join(dataset.labels)})")
+    for line, row in _rows(path, name, kind.columns):
+        try:
+            text, target = kind.input(row), kind.target(row)
+        except BadRowError as error:
+            bad.append(f"line {line}: {error}")
         else:
             texts.append(text)
-            labels.append(ids[label])
+            targets.append(target)
     if bad:
         more = f" and {len(bad) - MAX_REPORTED} more rows" if len(bad) > MAX_REPORTED else ""
         raise TrainingFailure("DataInvalid", f"{name}: {'; '.join(bad[:MAX_REPORTED])}{more}")
     if not texts:
         raise TrainingFailure("DataInvalid", f"{name}: the file holds no examples")
-    missing = [label for label, i in ids.items() if i not in set(labels)]
-    if training and missing:
+    labels = kind.collect(targets)
+    if training and (absent := kind.absent(labels)):
         raise TrainingFailure(
             "DataInvalid",
-            f"{name}: no row has the label {', '.join(map(repr, missing))} of dataset.labels: correct dataset.labels or the data",
+            f"{name}: no row has the label {', '.join(map(repr, absent))} of dataset.labels: correct dataset.labels or the data",
         )
-    return Examples(name, texts, np.array(labels, dtype=np.int64))
+    return Examples(name, texts, labels)
 
 
 def read_table(path: Path, columns: tuple[str, ...], name: str | None = None) -> list[dict[str, Any]]:
@@ -146,15 +110,8 @@ def _need(columns: tuple[str, ...], present: list[str], where: str) -> None:
         raise TrainingFailure(
             "DataInvalid",
             f"{where}: there is no column {', '.join(map(repr, missing))}; the columns are {', '.join(map(repr, present[:20]))}: "
-            "correct dataset.textColumn or dataset.labelColumn",
+            "correct the columns in dataset",
         )
-
-
-def encode(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
-    """Token ids of every row, at most max_length each."""
-    ids: list[list[int]] = tokenizer(examples.texts, truncation=True, max_length=max_length)["input_ids"]
-    # A row of exactly max_length was most likely cut; counting exactly would mean tokenising twice.
-    return Encoded(ids, examples.labels, sum(len(row) >= max_length for row in ids))
 
 
 def plan(seed: int, epoch: int, batch_size: int, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
@@ -174,15 +131,21 @@ def plan(seed: int, epoch: int, batch_size: int, lengths: npt.NDArray[np.int64])
 
 
 def collate(encoded: Encoded, rows: npt.NDArray[np.int64], pad: int, device: "torch.device") -> "dict[str, torch.Tensor]":
-    """Tensors of one batch: input_ids and attention_mask (rows, longest), labels (rows,)."""
+    """Tensors of one batch: input_ids, attention_mask and, of pairs, token_type_ids (rows, longest); labels (rows, ...)."""
     import torch
 
-    longest = max(len(encoded.ids[r]) for r in rows)
-    ids = np.full((len(rows), longest), pad, dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
-    for i, row in enumerate(rows):
-        tokens = encoded.ids[row]
-        ids[i, : len(tokens)] = tokens
-        mask[i, : len(tokens)] = 1
-    arrays = {"input_ids": ids, "attention_mask": mask, "labels": encoded.labels[rows]}
+    ids = [encoded.ids[r] for r in rows]
+    arrays = {"input_ids": _padded(ids, pad), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}
+    if encoded.types is not None:
+        arrays["token_type_ids"] = _padded([encoded.types[r] for r in rows], 0)
+    by_token = isinstance(encoded.labels, list)
+    arrays["labels"] = _padded([encoded.labels[r] for r in rows], IGNORED) if by_token else encoded.labels[rows]
     return {name: torch.from_numpy(a).to(device, non_blocking=True) for name, a in arrays.items()}
+
+
+def _padded(rows: list[list[int]], value: int) -> npt.NDArray[np.int64]:
+    """On the right: (rows, longest)."""
+    out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

@@ -4,12 +4,12 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from finetune_api.recipe import Adversarial, Hyperparameters, Precision
-from finetune_trainer.data import Encoded, collate
+from finetune_trainer.data import collate
 from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.tasks import Encoded, TaskKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,11 +36,13 @@ class Gradient:
         model: "PreTrainedModel",
         hyperparameters: Hyperparameters,
         precision: Precision,
+        kind: TaskKind,
         data: Encoded,
         pad: int,
         group: Group,
     ) -> None:
-        self.model, self.hyper, self.data, self.pad, self.group = model, hyperparameters, data, pad, group
+        self.model, self.hyper, self.pad, self.group = model, hyperparameters, pad, group
+        self.kind, self.data, self.weights = kind, data, kind.weights(data)
         self.device = next(model.parameters()).device
         self.dtype = _DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is Precision.FP16)
@@ -61,12 +63,13 @@ class Gradient:
     def _backward(self, rows: Any) -> torch.Tensor:
         mine = self.group.share(rows)
         batch = collate(self.data, mine if len(mine) else rows[:1], self.pad, self.device)
+        labels = batch.pop("labels")
         with torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext():
-            logits = self.wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            logits = self.wrapped(**batch, **self.kind.options).logits
         # Summed loss over a global denominator: the gradient does not depend on how a batch is cut up. Without a row of its own a
         # process takes part with one that counts nothing.
-        summed = cross_entropy(logits.float(), batch["labels"], reduction="sum", label_smoothing=self.hyper.label_smoothing)
-        loss = summed * (len(mine) > 0) / len(rows)
+        summed = self.kind.loss(logits, labels, self.hyper.label_smoothing)
+        loss = summed * (len(mine) > 0) / max(1.0, float(self.weights[rows].sum()))
         # What comes back is a mean over the processes.
         self.scaler.scale(loss * self.group.size).backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -1,80 +1,158 @@
 """Uses a trained model: `finetune predict`, `finetune evaluate`, and tests. Applies what finetune.json says."""
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from pydantic import ValidationError
 
 from finetune_api.names import MODEL_CARD_FILE
-from finetune_trainer.data import Encoded
+from finetune_api.recipe import Dataset
+from finetune_api.tasks import Task
+from finetune_trainer import adapters, config, model
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.evaluation import Evaluated, evaluate, logits
+from finetune_trainer.evaluation import evaluate, outputs
+from finetune_trainer.tasks import BadRowError, Evaluated, Examples, TaskKind, kind_of
+from finetune_trainer.tasks.completion import prompt_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Row = Mapping[str, Any]
+MAX_NEW_TOKENS = 128
+
 
 @dataclass(frozen=True)
-class Prediction:
-    """The most probable label, and the probability of each."""
+class Card:
+    """finetune.json: what the model was trained to do, and how its data are read."""
 
-    label: str
-    probabilities: dict[str, float]
+    task: Task
+    model: str
+    dataset: Dataset
+
+    @classmethod
+    def read(cls, folder: Path) -> "Card":
+        """Raises TrainingFailure(ModelNotFound)."""
+        file = folder / MODEL_CARD_FILE
+        try:
+            card = json.loads(file.read_text(encoding="utf-8"))
+            return cls(Task(card["task"]), str(card["model"]), Dataset.model_validate(card["dataset"]))
+        except FileNotFoundError as error:
+            message = f"{folder}: there is no {file.name}; it is not a model of `finetune run`"
+            raise TrainingFailure("ModelNotFound", message) from error
+        except json.JSONDecodeError as error:
+            raise TrainingFailure("ModelNotFound", f"{file}: is not JSON: train again, or restore it") from error
+        except (KeyError, TypeError, ValueError, ValidationError) as error:
+            message = f"{file}: does not say task, model and dataset: train again, or restore it"
+            raise TrainingFailure("ModelNotFound", message) from error
+
+    @property
+    def kind(self) -> TaskKind:
+        return kind_of(self.task, self.dataset)
 
 
 class Predictor:
-    """A trained classifier with its tokenizer and card."""
+    """A trained model with its tokenizer and card."""
 
-    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", card: dict[str, Any]) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.card = card
-        self.labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        self.device = next(model.parameters()).device
+    def __init__(self, trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", card: Card) -> None:
+        self.model, self.tokenizer, self.card, self.kind = trained, tokenizer, card, card.kind
+        self.device = next(trained.parameters()).device
 
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
-        """One prediction per text, in order."""
+    def predict(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
+        """One answer per text, in order: label, labels or value with what they rest on, tags of words, or a completion.
+
+        A text is what TaskKind.input makes of a row; for tags a plain text will do, and is cut into words at its spaces.
+        """
         if not texts:
             return []
-        scores = logits(self.model, self._encode(texts, [0] * len(texts)), self.tokenizer.pad_token_id, self.device)
-        shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
-        probabilities = shifted / shifted.sum(axis=1, keepdims=True)
-        return [
-            Prediction(self.labels[int(row.argmax())], {n: float(p) for n, p in zip(self.labels, row, strict=True)})
-            for row in probabilities
-        ]
+        if self.card.task is Task.CAUSAL_LM:
+            return [{"completion": self._complete(text)} for text in texts]
+        if self.card.task is Task.TOKEN_CLASSIFICATION:
+            texts = [text.split() if isinstance(text, str) else text for text in texts]
+        data = self.kind.encode(self._unlabelled(texts), self.tokenizer, self.card.dataset.max_length)
+        scores = outputs(self.model, self.kind, data, self.tokenizer.pad_token_id, self.device)
+        return self.kind.answer(scores, data, texts)
 
-    def evaluate(self, texts: Sequence[str], labels: Sequence[str]) -> Evaluated:
-        """Scores of texts whose labels are known. Raises TrainingFailure(DataInvalid) for a label the model does not have."""
-        ids = {label: i for i, label in enumerate(self.labels)}
-        unknown = [i for i, label in enumerate(labels, start=1) if label not in ids]
-        if unknown or not labels:
-            where = f"row {unknown[0]} has a label that the model does not know" if unknown else "there are no rows"
-            raise TrainingFailure("DataInvalid", f"{where}; its labels are {', '.join(self.labels)}")
-        encoded = self._encode(texts, [ids[label] for label in labels])
-        return evaluate(self.model, encoded, self.tokenizer.pad_token_id, self.device)
+    def _unlabelled(self, texts: Sequence[Any]) -> Examples:
+        if self.card.task is Task.TOKEN_CLASSIFICATION:
+            return Examples("texts", list(texts), [[0] * len(words) for words in texts])
+        blank = {self.kind.columns[-1]: 0.0 if self.card.task is Task.REGRESSION else "".join(self.kind.labels[:1])}
+        return Examples("texts", list(texts), self.kind.collect([self.kind.target(blank)] * len(texts)))
 
-    def _encode(self, texts: Sequence[str], labels: Sequence[int]) -> Encoded:
-        limit = int(self.card["maxLength"])
-        ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-        return Encoded(ids, np.array(labels, dtype=np.int64), sum(len(row) >= limit for row in ids))
+    def _complete(self, text: Any) -> str:
+        import torch
+
+        ids = prompt_tokens(text, self.tokenizer)
+        given = torch.tensor([ids], device=self.device)
+        with torch.inference_mode():
+            made = self.model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return str(self.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)).strip()
+
+    def evaluate(self, rows: Sequence[Row]) -> Evaluated:
+        """Scores of rows with the columns of the training data. Raises TrainingFailure(DataInvalid) that names the first bad one."""
+        if not rows:
+            raise TrainingFailure("DataInvalid", "there are no rows")
+        texts = read_inputs(self.kind, rows)
+        targets = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                targets.append(self.kind.target(dict(row)))
+            except BadRowError as error:
+                raise TrainingFailure("DataInvalid", f"row {number}: {error}") from error
+        examples = Examples("rows", texts, self.kind.collect(targets))
+        data = self.kind.encode(examples, self.tokenizer, self.card.dataset.max_length)
+        return evaluate(self.model, self.kind, data, self.tokenizer.pad_token_id, self.device)
 
 
-def load(model_dir: Path) -> Predictor:
-    """The model in this folder. Raises TrainingFailure(ModelNotFound)."""
-    card = model_dir / MODEL_CARD_FILE
-    if not card.is_file():
-        raise TrainingFailure("ModelNotFound", f"{model_dir}: there is no {MODEL_CARD_FILE}; it is not a model of this trainer")
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def read_inputs(kind: TaskKind, rows: Sequence[Row]) -> list[Any]:
+    """What the model reads of each row. Raises TrainingFailure(DataInvalid) that names the first bad one."""
+    texts = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            texts.append(kind.input(dict(row)))
+        except BadRowError as error:
+            raise TrainingFailure("DataInvalid", f"row {number}: {error}") from error
+    return texts
 
+
+def load(model_dir: Path, card: Card | None = None) -> Predictor:
+    """The model in this folder; with adapters alone, also the model they belong to. Raises TrainingFailure(ModelNotFound)."""
+    import transformers
+
+    card = card or Card.read(model_dir)
+    auto = getattr(transformers, card.kind.auto_class)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        if (model_dir / adapters.CONFIG_FILE).is_file():
+            with tempfile.TemporaryDirectory(prefix="finetune-model-") as scratch:
+                runtime = config.Runtime("predict", Path(scratch), **config.places())
+                base = model.fetch(card.model, runtime)
+                trained = auto.from_pretrained(base, config=_configuration(base, card), **_LOCAL)
+                trained.load_adapter(str(model_dir))
+        else:
+            trained = auto.from_pretrained(model_dir, **_LOCAL)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, **_LOCAL)
     except (OSError, ValueError) as error:
         raise TrainingFailure(
             "ModelNotFound", f"{model_dir}: the model cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
-    return Predictor(model, tokenizer, json.loads(card.read_text()))
+    return Predictor(trained, tokenizer, card)
+
+
+def _configuration(base: Path, card: Card) -> Any:
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(base, **_LOCAL)
+    card.kind.configure(found)
+    return found
+
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}

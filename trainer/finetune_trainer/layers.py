@@ -28,6 +28,8 @@ class Parts:
 
     depth: dict[str, int]
     layers: int
+    stack: str
+    """Name of the list of layers."""
 
     @property
     def top(self) -> int:
@@ -49,7 +51,7 @@ def parts(model: "PreTrainedModel") -> Parts:
             depth[name] = EMBEDDINGS
         else:
             depth[name] = length + 1
-    return Parts(depth, length)
+    return Parts(depth, length, stack)
 
 
 def _stack(body: nn.Module) -> tuple[str, int]:
@@ -93,6 +95,11 @@ def check(model: "PreTrainedModel", hyperparameters: Hyperparameters) -> None:
         raise TrainingFailure("RecipeInvalid", "hyperparameters.freeze: nothing is left to train")
 
 
+def of_adapter(name: str) -> bool:
+    """Whether a parameter is one of an adapter (adapters.py), or of the copy of the head that trains with it."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
 def trainable(model: "PreTrainedModel", hyperparameters: Hyperparameters, epoch: int) -> dict[str, bool]:
     """Whether each parameter trains in this epoch. A pure function of the recipe and the epoch: a resume needs no state.
 
@@ -103,8 +110,11 @@ def trainable(model: "PreTrainedModel", hyperparameters: Hyperparameters, epoch:
     if hyperparameters.unfreeze is not None:
         thawed = epoch // hyperparameters.unfreeze.every_epochs
         frozen = frozen[: max(0, len(frozen) - thawed)]
+    adapted = any(of_adapter(name) for name in found.depth)
     return {
-        name: depth not in frozen and not any(fnmatchcase(name, pattern) for pattern in freeze.patterns)
+        name: depth not in frozen
+        and not any(fnmatchcase(name, pattern) for pattern in freeze.patterns)
+        and (not adapted or of_adapter(name))
         for name, depth in found.depth.items()
     }
 

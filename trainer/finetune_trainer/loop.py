@@ -19,12 +19,13 @@ from finetune_api import Recipe
 from finetune_api.recipe import Precision, ScheduleType
 from finetune_trainer import layers, optim, snapshot
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
-from finetune_trainer.data import Encoded, plan
+from finetune_trainer.data import plan
 from finetune_trainer.dist import ALONE, Group
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.evaluation import Evaluated, evaluate
+from finetune_trainer.evaluation import evaluate
 from finetune_trainer.gradient import Gradient, resolve
 from finetune_trainer.snapshot import TrainState
+from finetune_trainer.tasks import Encoded, Evaluated, TaskKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ class Loop:
 
     recipe: Recipe
     model: "PreTrainedModel"
+    kind: TaskKind
     train_data: Encoded
     validation_data: Encoded
     pad: int
@@ -52,7 +54,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.hyper = self.recipe.hyperparameters
         self.device = next(self.model.parameters()).device
-        self.rate = optim.learning_rate(self.hyper, sum(p.numel() for p in self.model.parameters()))
+        self.rate = optim.learning_rate(self.recipe, sum(p.numel() for p in self.model.parameters()))
         self.optimizer = optim.build(self.model, self.hyper, self.rate)
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.hyper.batch_size)
         planned = self.steps_per_epoch * self.hyper.epochs
@@ -67,7 +69,7 @@ class Loop:
             self.checkpoints.best = self.state.best_checkpoint
         precision = Precision(self.state.precision or resolve(self.hyper.precision, self.device))
         self.state.precision = precision.value
-        self.gradient = Gradient(self.model, self.hyper, precision, self.train_data, self.pad, self.group)
+        self.gradient = Gradient(self.model, self.hyper, precision, self.kind, self.train_data, self.pad, self.group)
         if self.resumed is not None:
             snapshot.restore(self.resumed, self.optimizer, self.gradient.scaler)
         layers.set_trainable(self.model, self.hyper, self.state.epoch)
@@ -162,13 +164,14 @@ class Loop:
     def _evaluate(self) -> bool:
         """Scores the model on the validation data; whether it is the best so far."""
         self._read_loss()
-        state, metric = self.state, self.recipe.evaluation.best_metric
-        scores = evaluate(self.model, self.validation_data, self.pad, self.device, self.group)
+        state, metric = self.state, self.recipe.best_metric
+        scores = evaluate(self.model, self.kind, self.validation_data, self.pad, self.device, self.group)
         named = [m.model_dump(by_alias=True) for m in scores.named("validation")]
         state.evaluations.append({"examples": state.examples, "step": state.step, "metrics": named})
         if not math.isfinite(scores.values["loss"]):
             raise TrainingFailure("NonFiniteLoss", f"the validation loss became {scores.values['loss']}: {self._advice}")
         value = scores.values[metric] if metric.higher_is_better else -scores.values[metric]
+        value = value if math.isfinite(value) else -math.inf  # not defined, such as the correlation with a constant
         stop = self.hyper.early_stopping
         # The first evaluation is always an improvement; minDelta is about patience, not about which model is kept.
         improved = state.best_metric is None or value > state.best_metric

@@ -1,4 +1,4 @@
-"""Finds the pretrained model, sets dropout, builds the classifier with a stock head."""
+"""Finds the pretrained model, sets dropout, builds it with a stock head for the task."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_api.names import ENV_MODEL_MIRROR
 from finetune_api.recipe import Dropout, Recipe
+from finetune_api.tasks import Task
+from finetune_trainer import adapters
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.store import fetch_folder, open_store
+from finetune_trainer.tasks import TaskKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -114,59 +117,76 @@ def set_dropout(config: "PretrainedConfig", dropout: Dropout) -> None:
             setattr(config, field, rate)
 
 
-def load_tokenizer(folder: Path, uri: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: Path, recipe: Recipe) -> "PreTrainedTokenizerBase":
     """The model's tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
+    def load(**options: bool) -> "PreTrainedTokenizerBase":
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = load()
+        if recipe.task is Task.TOKEN_CLASSIFICATION and getattr(tokenizer, "add_prefix_space", None) is False:
+            tokenizer = load(add_prefix_space=True)  # byte-level ones read words that are given one by one only so
     except (OSError, ValueError) as error:
         raise TrainingFailure(
-            "ModelNotFound", f"model.uri {uri}: its tokenizer cannot be loaded: {_first_line(error)}"
+            "ModelNotFound", f"model.uri {recipe.model.uri}: its tokenizer cannot be loaded: {_first_line(error)}"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def build(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
-    """The classifier in fp32: pretrained body, stock head with the recipe's labels. Consumes the global RNG (a new head)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def build(
+    folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTokenizerBase", adapter: Path | None = None
+) -> "PreTrainedModel":
+    """The model in fp32: pretrained body, stock head for the task; with model.lora its adapters, new or from the folder `adapter`.
 
-    labels = recipe.dataset.labels
+    A checkpoint's head is kept when it says the same labels. Consumes the global RNG (a new head).
+    """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-        config.problem_type = "single_label_classification"
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = tokenizer.pad_token_id
-        set_dropout(config, recipe.hyperparameters.dropout)
-        limit = getattr(config, "max_position_embeddings", None)
-        if isinstance(limit, int) and recipe.dataset.max_length > limit:
-            raise TrainingFailure(
-                "RecipeInvalid", f"dataset.maxLength: {recipe.dataset.max_length} is more than the model's {limit} positions"
-            )
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,  # other formats are pickles
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-        )
+        model = _load(folder, recipe, kind, tokenizer)
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingFailure(
             "ModelNotFound", f"model.uri {recipe.model.uri}: it cannot be loaded: {_first_line(error)}"
         ) from error
     if recipe.hyperparameters.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise TrainingFailure("RecipeInvalid", f"hyperparameters.gradientCheckpointing: {config.model_type} has none")
+            raise TrainingFailure("RecipeInvalid", f"hyperparameters.gradientCheckpointing: {model.config.model_type} has none")
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.model.lora is not None:
+        adapters.add(model, recipe.model.lora, recipe.model.uri, adapter)
     return model
+
+
+def _load(folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    keeps = kind.keeps_head(config)
+    kind.configure(config)
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    set_dropout(config, recipe.hyperparameters.dropout)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and recipe.dataset.max_length > limit:
+        raise TrainingFailure(
+            "RecipeInvalid", f"dataset.maxLength: {recipe.dataset.max_length} is more than the model's {limit} positions"
+        )
+    options = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32, "use_safetensors": True}
+    auto = getattr(transformers, kind.auto_class)
+    if keeps or not _has_head(config):
+        return auto.from_pretrained(folder, config=config, ignore_mismatched_sizes=True, **options)
+    # Its head says other labels: the body alone is taken over.
+    model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    body = transformers.AutoModel.from_pretrained(folder, config=config, **options)
+    model.base_model.load_state_dict(body.state_dict(), strict=False)
+    return model
+
+
+def _has_head(config: "PretrainedConfig") -> bool:
+    return any("For" in name and "MaskedLM" not in name for name in config.architectures or [])
 
 
 def _first_line(error: Exception) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api import Recipe, names
 from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, Result
 from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
-from finetune_trainer import data, model
+from finetune_trainer import adapters, data, model
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
 from finetune_trainer.dist import Group
@@ -23,12 +23,13 @@ from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.progress import Poster
 from finetune_trainer.report import Console, EventFiles, trainer_status
 from finetune_trainer.store import Missing, Store, open_store
+from finetune_trainer.tasks import Encoded, Examples, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from finetune_trainer.evaluation import Evaluated
     from finetune_trainer.loop import Loop
+    from finetune_trainer.tasks import Evaluated
 
 
 @dataclass
@@ -42,6 +43,9 @@ class Run:
     checkpoint: CheckpointStatus | None = None
     resumed_from: CheckpointStatus | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        self.kind = kind_of(self.recipe.task, self.recipe.dataset)
 
     def __call__(self) -> EndReport:
         """Trains, or finds that it is done already. Raises TrainingFailure."""
@@ -92,14 +96,14 @@ class Run:
             raise TrainingFailure("Interrupted", "asked to end before the first step")
 
     # ------------------------------------------------------------------------------------------------------- fetch -----
-    def _read_data(self) -> dict[str, data.Examples]:
+    def _read_data(self) -> dict[str, Examples]:
         splits = read_splits(self.recipe, self.runtime)
         counts = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
         self.console.line(f"data: {counts} examples from {self.recipe.dataset.uri}")
         return splits
 
     # ------------------------------------------------------------------------------------------------------- train -----
-    def _train(self, splits: dict[str, data.Examples], poster: Poster) -> EndReport:
+    def _train(self, splits: dict[str, Examples], poster: Poster) -> EndReport:
         import torch
 
         recipe, scratch = self.recipe, self.runtime.workdir
@@ -113,12 +117,14 @@ class Run:
         )
         checkpoints.store.check(writable=True)
         restored = self._restore(checkpoints)
-        source = restored[1] / "model" if restored else model.fetch(recipe.model.uri, self.runtime)
-        tokenizer = model.load_tokenizer(source, recipe.model.uri)
-        encoded = {name: data.encode(examples, tokenizer, recipe.dataset.max_length) for name, examples in splits.items()}
+        saved = restored[1] / "model" if restored else None
+        # A checkpoint of adapters holds nothing else.
+        self.source = saved if saved and not recipe.model.lora else model.fetch(recipe.model.uri, self.runtime)
+        tokenizer = model.load_tokenizer(saved or self.source, recipe)
+        encoded = {s: self.kind.encode(examples, tokenizer, recipe.dataset.max_length) for s, examples in splits.items()}
         self._tell_truncation(encoded)
         torch.manual_seed(recipe.hyperparameters.seed)
-        classifier = model.build(source, recipe, tokenizer).to(self.group.device())
+        learner = model.build(self.source, recipe, self.kind, tokenizer, saved).to(self.group.device())
         if not self.group.leads:
             torch.manual_seed(recipe.hyperparameters.seed + self.group.rank)  # the same weights, other dropout
         self._may_go_on()
@@ -126,7 +132,7 @@ class Run:
             checkpoints.begin(restored[0].step if restored else 0)
         checkpoints.execution = self.group.tell(checkpoints.execution)
         events = EventFiles(scratch / "logs" / f"{checkpoints.execution:04d}")
-        loop = self._loop(classifier, tokenizer, encoded, checkpoints, events, poster, restored)
+        loop = self._loop(learner, tokenizer, encoded, checkpoints, events, poster, restored)
         try:
             loop.train()
             if not self.group.leads:
@@ -152,7 +158,7 @@ class Run:
             )
         return checkpoint, folder
 
-    def _tell_truncation(self, encoded: dict[str, data.Encoded]) -> None:
+    def _tell_truncation(self, encoded: dict[str, Encoded]) -> None:
         cut, rows = sum(e.truncated for e in encoded.values()), sum(len(e) for e in encoded.values())
         if cut:
             self.console.line(
@@ -161,9 +167,9 @@ class Run:
 
     def _loop(
         self,
-        classifier: "PreTrainedModel",
+        learner: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
-        encoded: dict[str, data.Encoded],
+        encoded: dict[str, Encoded],
         checkpoints: Checkpoints,
         events: EventFiles,
         poster: Poster,
@@ -202,7 +208,8 @@ class Run:
 
         loop = Loop(
             recipe=self.recipe,
-            model=classifier,
+            model=learner,
+            kind=self.kind,
             train_data=encoded["train"],
             validation_data=encoded["validation"],
             pad=int(tokenizer.pad_token_id),
@@ -234,20 +241,24 @@ class Run:
                 f"the checkpoint of the best model, {checkpoints.store.uri}/{loop.state.best_checkpoint}, cannot be read",
             )
         self.console.line(f"the best model is that of step {loop.state.best_step}; it is restored")
-        return model.build(folder / "model", self.recipe, tokenizer).to(loop.device)
+        found_model = folder / "model"
+        source = self.source if self.recipe.model.lora else found_model
+        return model.build(source, self.recipe, self.kind, tokenizer, found_model).to(loop.device)
 
     def _publish(
         self,
         best: "PreTrainedModel",
         loop: "Loop",
-        encoded: dict[str, data.Encoded],
+        encoded: dict[str, Encoded],
         tokenizer: "PreTrainedTokenizerBase",
         events: EventFiles,
     ) -> EndReport:
         """Scores the best model, test data included, and writes model/ and then result.json."""
         from finetune_trainer.evaluation import evaluate
 
-        scores = {s: evaluate(best, e, loop.pad, loop.device) for s, e in encoded.items() if s != "train"}
+        if self.recipe.model.lora and self.recipe.model.lora.merge:
+            adapters.merge(best)
+        scores = {s: evaluate(best, self.kind, e, loop.pad, loop.device) for s, e in encoded.items() if s != "train"}
         metrics: list[MetricValue] = [m for split, score in scores.items() for m in score.named(split)]
         for split, score in scores.items():
             events.add({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
@@ -271,12 +282,12 @@ class Run:
                 "processes": self.group.size,
             },
             evaluations=[Evaluation.model_validate(e) for e in loop.state.evaluations],
-            per_class={split: score.per_class(self.recipe.dataset.labels) for split, score in scores.items()},
+            per_class={split: score.per_class for split, score in scores.items() if score.per_class},
             steps=loop.state.step,
             examples=loop.state.examples,
             started=self.started,
             finished=datetime.now(UTC),
-            versions={package: version(package) for package in ("torch", "transformers", "finetune-operator")},
+            versions={package: version(package) for package in ("torch", "transformers", "peft", "finetune-operator")},
         )
         self.output.put(names.RESULT_FILE, file.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode())
         return EndReport(
@@ -306,9 +317,9 @@ def thin(evaluations: list[Evaluation]) -> list[Evaluation]:
     return evaluations
 
 
-def read_splits(recipe: Recipe, runtime: Runtime) -> dict[str, data.Examples]:
+def read_splits(recipe: Recipe, runtime: Runtime) -> dict[str, Examples]:
     """Fetches and reads the data set's files (also for `finetune validate`). Raises TrainingFailure."""
-    dataset = recipe.dataset
+    dataset, kind = recipe.dataset, kind_of(recipe.task, recipe.dataset)
     store = open_store(dataset.uri, runtime.s3_root)
     store.check()
     files = {"train": dataset.train, "validation": dataset.validation}
@@ -323,20 +334,21 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> dict[str, data.Examples]:
             present = [k for k in store.list() if k.endswith((".csv", ".jsonl"))][:10]
             there = f"; it has {', '.join(present)}" if present else " and it has no .csv or .jsonl file"
             raise TrainingFailure("DataInvalid", f"dataset.{split}: there is no {file} in {dataset.uri}{there}") from error
-        splits[split] = data.read_split(target, dataset, name=file, training=split == "train")
+        splits[split] = data.read_split(target, kind, name=file, training=split == "train")
     return splits
 
 
 def save_model(trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, folder: Path) -> None:
-    """A stock model folder (from_pretrained loads it), with our card beside it. One file of weights, whatever their size."""
-    trained.save_pretrained(folder, max_shard_size="1000GB")
+    """A stock model folder (from_pretrained loads it), or one with its adapters, with our card beside it."""
+    if getattr(trained, "peft_config", None):
+        adapters.save(trained, folder)
+    else:
+        trained.save_pretrained(folder, max_shard_size="1000GB")  # one file of weights, whatever their size
     tokenizer.save_pretrained(folder)
     card = {
         "task": recipe.task,
-        "labels": recipe.dataset.labels,
-        "maxLength": recipe.dataset.max_length,
-        "textColumn": recipe.dataset.text_column,
-        "labelColumn": recipe.dataset.label_column,
+        "model": recipe.model.uri,
+        "dataset": recipe.dataset.model_dump(mode="json", by_alias=True, exclude_none=True),
         "recipeDigest": recipe.digest(),
     }
     (folder / names.MODEL_CARD_FILE).write_text(json.dumps(card, indent=1))

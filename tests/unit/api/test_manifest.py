@@ -87,7 +87,7 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path: Path) -> None:
         ),
         (
             {"spec.task": "Chat"},
-            "spec.task: 'Chat' is not allowed: input should be 'SequenceClassification'",
+            "spec.task: 'Chat' is not allowed: input should be 'SequenceClassification', 'Regression', 'TokenClassification' or 'CausalLM'",
         ),
         (
             {"spec.model.uri": "bert"},

@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from finetune_api.recipe import Dataset
+from finetune_api.tasks import Task
 from finetune_cli import inference, inputs, run, show
 from finetune_cli.errors import UserError
+from finetune_trainer.inference import Card
+
+CARD = Card(Task.SEQUENCE_CLASSIFICATION, "hf://a/b", Dataset.model_validate({"uri": "file:///data", "labels": ["a", "b"]}))
 
 
 def test_uris_on_this_machine() -> None:
@@ -26,19 +31,19 @@ def test_a_row_without_a_text_is_named_by_its_number(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "secret words"}\n{"text": 3}\n')
     with pytest.raises(UserError, match="row 2") as error:
-        inference._texts_of(file, "text")
+        inference._texts_of(file, CARD)
     assert "secret" not in error.value.message
     with pytest.raises(UserError, match=r"\.txt"):
-        inference._texts_of(tmp_path / "rows.xlsx", "text")
+        inference._texts_of(tmp_path / "rows.xlsx", CARD)
 
 
 def test_text_files_are_one_text_a_line(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("\ufeffone\n\ntwo\n", encoding="utf-8")
-    assert inference._texts_of(file, "text") == ["one", "two"]
+    assert inference._texts_of(file, CARD) == ["one", "two"]
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="UTF-8"):
-        inference._texts_of(file, "text")
+        inference._texts_of(file, CARD)
 
 
 @pytest.mark.parametrize("card", ["[]", "{", '{"labels": []}'])

@@ -10,20 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.recipe import Dataset
-from finetune_trainer.data import BUCKET_BATCHES, encode, plan, read_split
+from finetune_api.tasks import Task
+from finetune_trainer.data import BUCKET_BATCHES, plan, read_split
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.tasks import TaskKind, kind_of
 
 SECRET = "confidential-words-of-a-customer"
 
 
-def dataset(**changes: Any) -> Dataset:
-    return Dataset.model_validate({"uri": "file:///data", "labels": ["bad", "good"]} | changes)
+def kind(task: str = "SequenceClassification", **changes: Any) -> TaskKind:
+    return kind_of(Task(task), Dataset.model_validate({"uri": "file:///data", "labels": ["bad", "good"]} | changes))
 
 
 def read(tmp_path: Path, content: str | bytes, *, name: str = "train.csv", training: bool = False, **changes: Any) -> Any:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_split(path, dataset(**changes), name=name, training=training)
+    return read_split(path, kind(**changes), name=name, training=training)
 
 
 def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -46,7 +48,11 @@ BAD: dict[str, tuple[str | bytes, str, str]] = {
     "blank-file": (" \n\n", "train.csv", "the file is empty"),
     "header-alone": ("text,label\n", "train.csv", "holds no examples"),
     "no-text-column": (f"message,label\n{SECRET},good\n", "train.csv", r"no column 'text'; the columns are 'message', 'label'"),
-    "no-label-column": (f'{{"text": "{SECRET}"}}\n', "train.jsonl", r"line 1: there is no column 'label'.*dataset\.labelColumn"),
+    "no-label-column": (
+        f'{{"text": "{SECRET}"}}\n',
+        "train.jsonl",
+        r"line 1: there is no column 'label'.*correct the columns in dataset",
+    ),
     "unknown-label": (f"text,label\nx,good\n{SECRET},terrible\n", "train.csv", r"line 3: its label is not one of .*bad, good"),
     "empty-text": ("text,label\n  ,good\n", "train.csv", "line 2: text is empty"),
     "null-text": ('{"text": null, "label": "good"}\n', "train.jsonl", "line 1: text is empty or no text"),
@@ -89,7 +95,7 @@ def test_encoding_cuts_at_max_length_and_counts(tiny_model: Path, tmp_path: Path
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     examples = read(tmp_path, f"text,label\n{'good ' * 30},good\nbad,bad\n")
-    encoded = encode(examples, tokenizer, 10)
+    encoded = kind().encode(examples, tokenizer, 10)
     assert [len(row) for row in encoded.ids] == [10, 3]
     assert encoded.truncated == 1
     assert encoded.lengths.tolist() == [10, 3]

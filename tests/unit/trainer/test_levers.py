@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from trainer_kit import Job, Killed
 
-from finetune_api.recipe import Freeze, Hyperparameters, Precision, Schedule, Unfreeze
+from finetune_api.recipe import Dataset, Freeze, Hyperparameters, Precision, Schedule, Unfreeze
+from finetune_api.tasks import Task
 from finetune_trainer import layers, optim
-from finetune_trainer.data import Encoded, collate
+from finetune_trainer.data import collate
 from finetune_trainer.dist import ALONE
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.gradient import Gradient, resolve
+from finetune_trainer.tasks import Encoded, kind_of
 
+KIND = kind_of(Task.SEQUENCE_CLASSIFICATION, Dataset.model_validate({"uri": "file:///data", "labels": ["a", "b", "c"]}))
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "classifier": 0.0}
 EMBEDDINGS, LOWEST, HIGHEST, HEAD = "bert.embeddings.", "bert.encoder.layer.0.", "bert.encoder.layer.1.", "classifier."
 
@@ -242,7 +245,7 @@ def batch(job: Job) -> tuple[Any, Encoded, np.ndarray]:
 def gradient(batch: tuple[Any, Encoded, np.ndarray], precision: Precision = Precision.FP32, **hyper: Any) -> Gradient:
     model, data, rows = batch
     model.zero_grad()
-    made = Gradient(model, Hyperparameters.model_validate(hyper), precision, data, 0, ALONE)
+    made = Gradient(model, Hyperparameters.model_validate(hyper), precision, KIND, data, 0, ALONE)
     made.wrap()
     made.loss = made(rows)  # type: ignore[attr-defined]
     return made

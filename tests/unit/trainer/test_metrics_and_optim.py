@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support, recall_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_recall_fscore_support, recall_score
 
-from finetune_api.recipe import Hyperparameters, Schedule, ScheduleType
+from finetune_api.recipe import Recipe, Schedule, ScheduleType
 from finetune_trainer import metrics, optim
 
 CLASSES = 4
@@ -20,18 +20,31 @@ PAIRS = st.lists(st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES -
 def test_metrics_agree_with_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     labels, predictions = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
     matrix = metrics.confusion(labels, predictions, CLASSES)
-    mine = metrics.summary(matrix, 0.5)
+    mine = metrics.summary(matrix)
     present = sorted(set(labels.tolist()))  # a label without rows has no recall to average
     assert mine["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
     assert mine["macro_f1"] == pytest.approx(f1_score(labels, predictions, labels=present, average="macro", zero_division=0))
     assert mine["macro_recall"] == pytest.approx(
         recall_score(labels, predictions, labels=present, average="macro", zero_division=0)
     )
-    assert mine["loss"] == 0.5
+    if len(set(labels.tolist())) > 1:
+        assert mine["mcc"] == pytest.approx(matthews_corrcoef(labels, predictions), abs=1e-9)
+    weighted = f1_score(labels, predictions, labels=present, average="weighted", zero_division=0)
+    assert mine["weighted_f1"] == pytest.approx(weighted)
     theirs = precision_recall_fscore_support(labels, predictions, labels=range(CLASSES), zero_division=0)
     for i, row in enumerate(metrics.per_class(matrix, list("abcd"))):
         assert row["label"] == "abcd"[i]
         assert [row["precision"], row["recall"], row["f1"], row["support"]] == pytest.approx([t[i] for t in theirs])
+
+
+def recipe(**changes: object) -> Recipe:
+    spec = {
+        "task": "SequenceClassification",
+        "model": {"uri": "hf://a/b"},
+        "dataset": {"uri": "s3://data/x", "labels": ["a", "b"]},
+        "output": {"storageUri": "s3://models/x"},
+    }
+    return Recipe.model_validate(spec | changes)
 
 
 def rates(total: int, **schedule: object) -> list[float]:
@@ -67,5 +80,6 @@ def test_the_rate_is_always_between_zero_and_the_peak(total: int, warmup: float,
 
 @pytest.mark.parametrize(("parameters", "rate"), [(22_700_000, 2e-4), (110_000_000, 5e-5), (355_000_000, 2e-5)])
 def test_the_default_rate_goes_by_size(parameters: int, rate: float) -> None:
-    assert optim.learning_rate(Hyperparameters(), parameters) == rate
-    assert optim.learning_rate(Hyperparameters(learning_rate=1e-3), parameters) == 1e-3
+    assert optim.learning_rate(recipe(), parameters) == rate
+    assert optim.learning_rate(recipe(model={"uri": "hf://a/b", "lora": {}}), parameters) == pytest.approx(10 * rate)
+    assert optim.learning_rate(recipe(hyperparameters={"learningRate": 1e-3}), parameters) == 1e-3

@@ -9,11 +9,14 @@ import torch
 from trainer_kit import LABELS, Job, make_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from finetune_api.recipe import Dropout
+from finetune_api.recipe import Dataset, Dropout
+from finetune_api.tasks import Task
 from finetune_trainer import model
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.store import FolderStore, fetch_folder
+from finetune_trainer.tasks import kind_of
 
+KIND = kind_of(Task.SEQUENCE_CLASSIFICATION, Dataset.model_validate({"uri": "file:///data", "labels": LABELS}))
 ROLES: list[tuple[str, dict[str, set[str]]]] = [
     # What research/trainer.md 1.1 found in transformers' own configurations.
     (
@@ -59,7 +62,7 @@ def test_a_role_that_the_model_does_not_have_is_told_with_those_it_has() -> None
 
 def test_dropout_reaches_the_layers_of_the_model_that_is_trained(job: Job) -> None:
     recipe = job.recipe(hyperparameters={"dropout": {"hidden": 0.31, "attention": 0.0, "classifier": 0.42}})
-    built = model.build(job.model, recipe, model.load_tokenizer(job.model, "x"))
+    built = model.build(job.model, recipe, KIND, model.load_tokenizer(job.model, job.recipe()))
     rates = {name: m.p for name, m in built.named_modules() if isinstance(m, torch.nn.Dropout)}
     assert rates["dropout"] == 0.42
     assert rates["bert.embeddings.dropout"] == 0.31
@@ -67,7 +70,7 @@ def test_dropout_reaches_the_layers_of_the_model_that_is_trained(job: Job) -> No
 
 
 def test_the_head_is_the_stock_one_with_the_labels_in_order(job: Job) -> None:
-    built = model.build(job.model, job.recipe(), model.load_tokenizer(job.model, "x"))
+    built = model.build(job.model, job.recipe(), KIND, model.load_tokenizer(job.model, job.recipe()))
     assert type(built).__name__ == "BertForSequenceClassification"
     assert built.config.id2label == dict(enumerate(LABELS))
     assert built.config.label2id == {label: i for i, label in enumerate(LABELS)}
@@ -78,7 +81,7 @@ def test_a_head_for_other_labels_is_replaced(job: Job, tmp_path: Path) -> None:
     five = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=5)
     shutil.copytree(job.model, tmp_path / "five")
     five.save_pretrained(tmp_path / "five")
-    built = model.build(tmp_path / "five", job.recipe(), model.load_tokenizer(job.model, "x"))
+    built = model.build(tmp_path / "five", job.recipe(), KIND, model.load_tokenizer(job.model, job.recipe()))
     assert built.classifier.out_features == 3
 
 

@@ -17,6 +17,7 @@ from trainer_kit import LABELS, Job, Killed, rows, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune_api.report import EndReport, Outcome, ResultFile
+from finetune_api.tasks import METRICS, Task
 from finetune_trainer import inference
 from finetune_trainer.errors import TrainingFailure
 
@@ -45,8 +46,8 @@ def test_the_output_is_a_stock_model_whose_logits_are_ours(job: Job) -> None:
         logits = stock(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
     expected = torch.softmax(logits, dim=1).numpy()
     got = predictor.predict(TEXTS)
-    assert [p.label for p in got] == [LABELS[i] for i in expected.argmax(axis=1)]
-    np.testing.assert_allclose([[p.probabilities[n] for n in LABELS] for p in got], expected, atol=1e-6)
+    assert [p["label"] for p in got] == [LABELS[i] for i in expected.argmax(axis=1)]
+    np.testing.assert_allclose([[p["probabilities"][n] for n in LABELS] for p in got], expected, atol=1e-6)
 
 
 def test_the_saved_weights_are_those_of_the_best_checkpoint(job: Job) -> None:
@@ -60,7 +61,7 @@ def test_the_result_tells_metrics_tables_and_what_was_worked_out(job: Job) -> No
     end = job.run(hyperparameters={"learningRate": None})
     file = result_file(job)
     assert {m.name for m in file.result.metrics} == {
-        f"{split}/{name}" for split in ("validation", "test") for name in ("accuracy", "macro_f1", "macro_recall", "loss")
+        f"{split}/{name}" for split in ("validation", "test") for name in METRICS[Task.SEQUENCE_CLASSIFICATION]
     }
     assert file.resolved["learningRate"] == 2e-4
     assert [sum(row["support"] for row in file.per_class[split]) for split in ("validation", "test")] == [18, 15]
@@ -75,7 +76,7 @@ def test_evaluate_gives_the_metrics_of_the_result(job: Job) -> None:
     end = job.run()
     predictor = inference.load(job.output / "model")
     test = rows(15, offset=300)
-    scores = predictor.evaluate([r["text"] for r in test], [r["label"] for r in test])
+    scores = predictor.evaluate(test)
     for name, value in scores.values.items():
         assert value == pytest.approx(metric(end, f"test/{name}"), abs=1e-5)
 

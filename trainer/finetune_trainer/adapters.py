@@ -1,0 +1,100 @@
+"""Low-rank adapters (peft) inside a model that stays what it is: a class of transformers with its own names of layers.
+
+Their files in a checkpoint are peft's own. The pretrained weights are not in it; they are fetched again.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_api.recipe import Lora
+from finetune_trainer.errors import TrainingFailure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "default"
+_PREFIX = "base_model.model."
+"""What the files say before each name: peft's own wrapper, which there is none of around our model."""
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def add(model: "PreTrainedModel", lora: Lora, uri: str, trained: Path | None) -> None:
+    """Puts fresh adapters into the model, or those in the folder. The head trains as a whole. Consumes the global RNG."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules or _linear(model),
+        modules_to_save=_heads(model),
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
+    )
+    try:
+        model.add_adapter(config, NAME)
+    except ValueError as error:
+        raise TrainingFailure(
+            "RecipeInvalid", f"model.lora.targetModules: {error}; this model has: {', '.join(_linear(model))}"
+        ) from error
+    # Whoever loads the adapter from a hub finds the model there.
+    config.base_model_name_or_path = uri.removeprefix("hf://").partition("@")[0] if uri.startswith("hf://") else uri
+    if trained is not None:
+        weights = {name.removeprefix(_PREFIX): weight for name, weight in load_file(trained / WEIGHTS_FILE).items()}
+        set_peft_model_state_dict(model, weights, adapter_name=NAME)
+
+
+def _linear(model: "PreTrainedModel") -> list[str]:
+    """Names of all linear modules as they are called within a layer."""
+    from torch import nn
+
+    from finetune_trainer import layers
+
+    stack = layers.parts(model).stack
+    inside = [
+        name[len(stack) + 1 :].partition(".")[2]
+        for name, module in model.named_modules()
+        if name.startswith(f"{stack}.") and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+    return sorted(set(inside))
+
+
+def _heads(model: "PreTrainedModel") -> list[str] | None:
+    """What is not in the body: without it a new head would never train. A decoder's head is part of what was pretrained."""
+    if model.get_output_embeddings() is not None:
+        return None
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ] or None
+
+
+def save(model: "PreTrainedModel", folder: Path) -> None:
+    """The adapters alone, as peft has them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # Asked to find out about the embeddings by itself, peft looks for the model at the hub, at every save.
+    weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    save_file({_PREFIX + name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    model.peft_config[NAME].save_pretrained(folder)
+
+
+def merge(model: "PreTrainedModel") -> None:
+    """Adds the adapters to the weights and takes them out: what is left is a stock model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    for name, module in wrapped:
+        path, _, attribute = name.rpartition(".")
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            plain = module.get_base_layer()
+        else:
+            plain = module.modules_to_save[NAME]
+        setattr(model.get_submodule(path), attribute, plain)
+    del model.peft_config
+    model._hf_peft_config_loaded = False

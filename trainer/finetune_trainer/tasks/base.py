@@ -1,0 +1,201 @@
+"""What the tasks have in common: how a row becomes an example, an example tokens, and a model's answer a loss and scores.
+
+The loop knows none of them. It takes sums of losses (`loss`) over a denominator that the data knows (`Encoded.weights`), and a table of
+numbers for each row (`outputs`) out of which `score` makes the metrics.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.finetunejob import MetricValue
+from finetune_api.recipe import Dataset
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label id of a token that has no label: PyTorch's cross entropy leaves it out."""
+
+Row = dict[str, Any]
+Floats = npt.NDArray[np.float64]
+
+
+class BadRowError(ValueError):
+    """A row that cannot be trained on. The message names the column and never says what stands in it."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One split, in file order: inputs (texts, pairs of texts, lists of words, chats) and what is to be learned."""
+
+    name: str
+    texts: list[Any]
+    labels: Any
+    """An array whose first axis is the rows, or a list with something for each row."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split as token ids; row i has ids[i] and labels[i]. `truncated` rows were longer than maxLength."""
+
+    ids: list[list[int]]
+    labels: Any
+    """An array (rows, ...), or a list with one label id for each token of each row."""
+    truncated: int
+    types: list[list[int]] | None = None
+    """Which of two texts a token is of, for models that want to know."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(row) for row in self.ids], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Scores of one split; `per_class` has one row per label with precision, recall, f1 and support."""
+
+    values: dict[str, float]
+    per_class: list[dict[str, Any]] = field(default_factory=list)
+
+    def named(self, split: str) -> list[MetricValue]:
+        """As the API has it: validation/macro_f1 and so on, six significant digits. What is not defined is left out."""
+        return [
+            MetricValue(name=f"{split}/{name}", value=f"{value:.6g}")
+            for name, value in self.values.items()
+            if not math.isnan(value)
+        ]
+
+
+class TaskKind(ABC):
+    """One task, with what the recipe says of its data."""
+
+    auto_class: str
+    """The class of transformers that builds the model."""
+    problem_type: str | None = None
+    options: ClassVar[dict[str, Any]] = {}
+    """More arguments of the model's forward pass."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.labels = dataset.labels or []
+        self.ids = {label: i for i, label in enumerate(self.labels)}
+
+    # -------------------------------------------------------------------------------------------------------- data -----
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """That every row must have."""
+        pair = (self.dataset.text_pair_column,) if self.dataset.text_pair_column else ()
+        return (self.dataset.text_column, *pair, self.dataset.label_column)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Those of the columns that a prediction needs."""
+        return self.columns[:-1]
+
+    def input(self, row: Row) -> Any:
+        """What the model reads. Raises BadRowError."""
+        texts = [text_of(row, column) for column in self.inputs]
+        return texts[0] if len(texts) == 1 else tuple(texts)
+
+    @abstractmethod
+    def target(self, row: Row) -> Any:
+        """What the model is to say. Raises BadRowError."""
+
+    def collect(self, targets: Sequence[Any]) -> Any:
+        """Targets of all rows as Examples.labels."""
+        return list(targets)
+
+    def absent(self, labels: Any) -> list[str]:  # noqa: ARG002
+        """Labels that no row has; a training would never learn them."""
+        return []
+
+    def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
+        """Token ids of every row, at most max_length each."""
+        pairs = bool(self.dataset.text_pair_column)
+        texts = [list(sides) for sides in zip(*examples.texts, strict=True)] if pairs else [list(examples.texts)]
+        made = tokenizer(*texts, truncation=True, max_length=max_length)
+        ids: list[list[int]] = made["input_ids"]
+        # A row of exactly max_length was most likely cut; counting exactly would mean tokenising twice.
+        cut = sum(len(row) >= max_length for row in ids)
+        return Encoded(ids, examples.labels, cut, made.get("token_type_ids") if pairs else None)
+
+    def weights(self, data: Encoded) -> Floats:
+        """How much each row counts in the mean loss, shape (rows,)."""
+        return np.ones(len(data))
+
+    # ------------------------------------------------------------------------------------------------------- model -----
+    def configure(self, config: "PretrainedConfig") -> None:
+        """Before the model is built."""
+        config.problem_type = self.problem_type
+        if self.labels:
+            config.num_labels = len(self.labels)
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = dict(self.ids)
+
+    def keeps_head(self, config: "PretrainedConfig") -> bool:
+        """Whether a checkpoint's head, if it has one for this task, says the same labels."""
+        found = getattr(config, "id2label", None) or {}
+        return [found[i] for i in sorted(found)] == self.labels
+
+    @abstractmethod
+    def loss(self, logits: "torch.Tensor", labels: "torch.Tensor", smoothing: float) -> "torch.Tensor":
+        """The summed loss of a batch, shape (). Its mean is over `weights`."""
+
+    # ------------------------------------------------------------------------------------------------------ scores -----
+    @abstractmethod
+    def width(self, data: Encoded) -> int:
+        """How many numbers `outputs` has for a row."""
+
+    def outputs(self, logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":  # noqa: ARG002
+        """What is kept of a batch's answer for the scores: (rows, width or less)."""
+        return logits
+
+    @abstractmethod
+    def score(self, outputs: Floats, data: Encoded) -> Evaluated:
+        """Metrics of all rows' outputs, (rows, width)."""
+
+    @abstractmethod
+    def answer(self, outputs: Floats, data: Encoded, texts: Sequence[Any]) -> list[dict[str, Any]]:
+        """Predictions in words, one per row."""
+
+
+def text_of(row: Row, column: str) -> str:
+    """The text in a column. Raises BadRowError."""
+    text = row[column]
+    if not isinstance(text, str) or not text.strip():
+        raise BadRowError(f"{column} is empty or no text")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise BadRowError(f"{column} holds half a surrogate pair (\\ud800 to \\udfff): it is no valid text")
+    return text
+
+
+def softmax(scores: Floats) -> Floats:
+    """Over the last axis."""
+    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result: Floats = shifted / shifted.sum(axis=-1, keepdims=True)
+    return result
+
+
+def sigmoid(scores: Floats) -> Floats:
+    result: Floats = 1 / (1 + np.exp(-np.clip(scores, -500, 500)))
+    return result
+
+
+def log_sum_exp(scores: Floats) -> Floats:
+    """Over the last axis."""
+    top = scores.max(axis=-1, keepdims=True)
+    result: Floats = top[..., 0] + np.log(np.exp(scores - top).sum(axis=-1))
+    return result

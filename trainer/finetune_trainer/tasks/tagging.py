@@ -1,0 +1,93 @@
+"""TokenClassification: a tag for every word. A word of several tokens has its tag on the first; the others have none."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune_trainer import metrics
+from finetune_trainer.tasks.base import IGNORED, BadRowError, Encoded, Evaluated, Examples, Floats, Row, TaskKind, text_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tagging(TaskKind):
+    """Cross entropy over the tags of all words."""
+
+    auto_class = "AutoModelForTokenClassification"
+
+    def input(self, row: Row) -> list[str]:
+        words = _items(row, self.dataset.text_column)
+        return [text_of({self.dataset.text_column: word}, self.dataset.text_column) for word in words]
+
+    def target(self, row: Row) -> list[int]:
+        column = self.dataset.label_column
+        tags = _items(row, column)
+        if len(tags) != len(_items(row, self.dataset.text_column)):
+            raise BadRowError(f"{column} has not as many tags as {self.dataset.text_column} has words")
+        if any(tag not in self.ids for tag in tags):
+            raise BadRowError(f"{column} has a tag that is not one of dataset.labels ({', '.join(self.labels)})")
+        return [self.ids[tag] for tag in tags]
+
+    def absent(self, labels: Any) -> list[str]:
+        there = {tag for row in labels for tag in row}
+        return [label for label, i in self.ids.items() if i not in there]
+
+    def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
+        made = tokenizer(examples.texts, is_split_into_words=True, truncation=True, max_length=max_length)
+        ids: list[list[int]] = made["input_ids"]
+        labels, cut = [], 0
+        for i, tags in enumerate(examples.labels):
+            words = made.word_ids(i)
+            first = [w is not None and (k == 0 or words[k - 1] != w) for k, w in enumerate(words)]
+            labels.append([tags[w] if starts else IGNORED for w, starts in zip(words, first, strict=True)])
+            cut += sum(first) < len(tags)
+        return Encoded(ids, labels, cut)
+
+    def weights(self, data: Encoded) -> Floats:
+        return np.array([sum(tag != IGNORED for tag in row) for row in data.labels], dtype=np.float64)
+
+    def loss(self, logits: "torch.Tensor", labels: "torch.Tensor", smoothing: float) -> "torch.Tensor":
+        from torch.nn.functional import cross_entropy
+
+        flat = logits.flatten(0, 1).float()
+        return cross_entropy(flat, labels.flatten(), reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing)
+
+    def width(self, data: Encoded) -> int:
+        """The row's loss, and a tag for each token."""
+        return 1 + int(data.lengths.max())
+
+    def outputs(self, logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        losses = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+        return torch.cat([losses.sum(dim=1, keepdim=True), logits.argmax(dim=-1).float()], dim=1)
+
+    def score(self, outputs: Floats, data: Encoded) -> Evaluated:
+        truth, predicted = [], []
+        for row, labels in zip(outputs, data.labels, strict=True):
+            at = [k for k, tag in enumerate(labels) if tag != IGNORED]
+            truth.append([self.labels[labels[k]] for k in at])
+            predicted.append([self.labels[int(row[1 + k])] for k in at])
+        right = sum(a == b for t, p in zip(truth, predicted, strict=True) for a, b in zip(t, p, strict=True))
+        count = max(1.0, float(self.weights(data).sum()))
+        overall, rows = metrics.spans(truth, predicted)
+        return Evaluated(overall | {"accuracy": right / count, "loss": float(outputs[:, 0].sum() / count)}, rows)
+
+    def answer(self, outputs: Floats, data: Encoded, texts: Sequence[Any]) -> list[dict[str, Any]]:
+        answers = []
+        for row, labels, words in zip(outputs, data.labels, texts, strict=True):
+            tags = [self.labels[int(row[1 + k])] for k, tag in enumerate(labels) if tag != IGNORED]
+            answers.append({"words": words, "tags": tags + [None] * (len(words) - len(tags))})  # None: behind maxLength
+        return answers
+
+
+def _items(row: Row, column: str) -> list[str]:
+    value = row[column]
+    items = [str(item) for item in value] if isinstance(value, list) else str(value or "").split()
+    if not items:
+        raise BadRowError(f"{column} is empty or no text")
+    return items
