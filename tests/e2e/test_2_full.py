@@ -52,8 +52,8 @@ def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Pa
 
 TASKS: dict[str, Object] = {
     "lora": {
-        "model": {"uri": f"s3://{MODELS}/tiny", "lora": {"rank": 4}},
-        "hyperparameters": {"epochs": 4, "batchSize": 8, "learningRate": 1e-2},
+        "model": {"uri": f"s3://{MODELS}/tiny", "lora": {}},
+        "hyperparameters": {"epochs": 10, "batchSize": 8, "learningRate": 2e-3},
     },
     "numbers": {"task": "Regression", "dataset": {"labels": None, "labelColumn": "score"}},
     "tags": {
