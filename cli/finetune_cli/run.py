@@ -175,9 +175,9 @@ def _show_result(job: FineTuneJob, end: EndReport, root: Path | None) -> None:
     if end.outcome is Outcome.ALREADY_COMPLETED:
         show.line("trained already; the stored result:")
     if values:
-        header = list(next(iter(values.values())))
-        rows = [(split, *(row.get(name, "") for name in header)) for split, row in values.items()]
-        show.table(f"{job.metadata['name']}: the best model", ("split", *header), rows, words=("split",))
+        metrics_of = list(next(iter(values.values())))
+        rows = [(name, *(scores.get(name, "") for scores in values.values())) for name in metrics_of]
+        show.table(f"{job.metadata['name']}: the best model", ("metric", *values), rows, words=("metric",))
     stored = _stored_result(recipe.output.storage_uri, root)
     if stored.per_class:
         split = "test" if "test" in stored.per_class else next(iter(stored.per_class))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from e2e.test_1_smoke import job, trainer, wait_checkpoint
@@ -50,49 +51,33 @@ def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Pa
     )
 
 
-TASKS: dict[str, Object] = {
-    "lora": {
-        "model": {"uri": f"s3://{MODELS}/tiny", "lora": {}},
-        "hyperparameters": {"epochs": 10, "batchSize": 8, "learningRate": 2e-3},
-    },
-    "numbers": {"task": "Regression", "dataset": {"labels": None, "labelColumn": "score"}},
-    "tags": {
-        "task": "TokenClassification",
-        "dataset": {
-            "labels": ["O", "B-negative", "B-neutral", "B-positive"],
-            "textColumn": "words",
-            "labelColumn": "tags",
-        },
-    },
-    "sft": {
-        "task": "CausalLM",
-        "model": {"uri": f"s3://{MODELS}/decoder"},
-        "dataset": {"labels": None, "promptColumn": "prompt", "completionColumn": "completion"},
-    },
+TASKS: dict[str, tuple[str, str, Object]] = {
+    # File of examples/tasks -> model, the metric that says whether it has learned, hyperparameters for a model that knows nothing.
+    "lora": ("tiny", "macro_f1", {"epochs": 10, "batchSize": 8, "learningRate": 2e-3}),
+    "regression": ("tiny", "pearson", {"epochs": 4, "batchSize": 8, "learningRate": 1e-3}),
+    "tokens": ("tiny", "f1", {"epochs": 4, "batchSize": 8, "learningRate": 1e-3}),
+    "completion": ("decoder", "token_accuracy", {"epochs": 4, "batchSize": 8, "learningRate": 1e-3}),
 }
 
 
 def test_every_task_ends_in_a_model(installed: World, jobs: Jobs) -> None:
-    for name, changes in TASKS.items():
-        made = job(jobs, name, epochs=4)
+    for file, (source, _, hyperparameters) in TASKS.items():
+        made: Object = yaml.safe_load((ROOT / f"examples/tasks/{file}.yaml").read_text())
+        made["metadata"]["name"] = file
         spec = made["spec"]
-        files = {"train": "train.jsonl", "validation": "validation.jsonl"}
-        dataset = {**spec["dataset"], **files, **changes.get("dataset", {})}
-        made["spec"] = {**spec, **changes, "dataset": {k: v for k, v in dataset.items() if v is not None}}
+        spec["model"] |= {"uri": f"s3://{MODELS}/{source}"}
+        spec["dataset"] |= {"uri": f"s3://{DATA}/tiny", "maxLength": 16}
+        if file == "tokens":
+            spec["dataset"]["labels"] = [label for label in spec["dataset"]["labels"] if not label.startswith("I-")]
+        spec["hyperparameters"] = hyperparameters
+        spec["output"]["storageUri"] = f"s3://{DATA}/{jobs.namespace}/{file}"
+        spec["trainer"].pop("resourcesPerNode", None)
         jobs.apply(made)
-    scores = {}
-    for name in TASKS:
-        status = jobs.wait_state(name, "Complete", 240)
-        found = {m["name"]: float(m["value"]) for m in status["result"]["metrics"]}
-        scores[name] = found
-        keys = [
-            o["Key"] for o in installed.s3().list_objects_v2(Bucket=DATA, Prefix=f"{jobs.namespace}/{name}/model/")["Contents"]
-        ]
-        assert f"{jobs.namespace}/{name}/model/model.safetensors" in keys
-    assert scores["lora"]["validation/macro_f1"] > 0.9
-    assert scores["numbers"]["validation/pearson"] > 0.9
-    assert scores["tags"]["validation/f1"] > 0.9
-    assert scores["sft"]["validation/token_accuracy"] > 0.6
+    for file, (_, metric, _) in TASKS.items():
+        found = {m["name"]: float(m["value"]) for m in jobs.wait_state(file, "Complete", 240)["result"]["metrics"]}
+        assert found[f"validation/{metric}"] > 0.9, file
+        stored = installed.s3().list_objects_v2(Bucket=DATA, Prefix=f"{jobs.namespace}/{file}/model/")["Contents"]
+        assert f"{jobs.namespace}/{file}/model/model.safetensors" in [item["Key"] for item in stored]
 
 
 def test_one_of_two_pods_lost_both_start_anew(installed: World, jobs: Jobs) -> None:

@@ -10,6 +10,7 @@ WORDS = {
     "neutral": ["order", "address", "when", "change", "invoice"],
     "positive": ["good", "fine", "quick", "great", "kind"],
 }
+TAGS = {"negative": "COMPLAINT", "neutral": "TOPIC", "positive": "PRAISE"}
 FILLER = ["the", "a", "it", "was", "is", "my", "your", "and", "so", "very"]
 
 
@@ -62,7 +63,7 @@ def write_tasks(path: Path, count: int, seed: int) -> Path:
     with path.open("w") as file:
         for text, label in rows(count, seed):
             words = text.split()
-            tags = [f"B-{kind_of[word]}" if word in kind_of else "O" for word in words]
+            tags = [f"B-{TAGS[kind_of[word]]}" if word in kind_of else "O" for word in words]
             line = {"text": text, "label": label, "score": score.get(label, 0), "words": words, "tags": tags}
             file.write(json.dumps({**line, "prompt": text, "completion": WORDS[label][0]}) + "\n")
     return path
