@@ -209,7 +209,12 @@ def _transition(name: str, spec: Schema) -> Cel:
     field = spec["properties"][name]
     parts = [f"self.{name} == oldSelf.{name}"]
     # A set equals another one with the same members in another order; where order has a meaning, compare it as a list.
-    parts += [f"self.{p}.map(x, x) == oldSelf.{p}.map(x, x)" for p in _sets(field, name)]
+    # What the objects equal each other in is there on both sides or on none.
+    parts += [
+        " || ".join([*(f"!has(self.{o})" for o in optional), f"self.{path}.map(x, x) == oldSelf.{path}.map(x, x)"])
+        for path, optional in _sets(field, name)
+    ]
+    parts = [f"({part})" if " || " in part else part for part in parts]
     same = " && ".join(parts)
     if name not in spec.get("required", ()) and "default" not in field:
         # An optional field could otherwise be added or removed: `==` runs only where both sides are there.
@@ -220,11 +225,12 @@ def _transition(name: str, spec: Schema) -> Cel:
     return Cel(same, f"spec.{name} is immutable: create a new {KIND_JOB}", f".{name}")
 
 
-def _sets(schema: Schema, path: str) -> list[str]:
-    """Paths of the required set lists below, without those inside other lists."""
-    found = [path] if schema.get("x-kubernetes-list-type") == "set" else []
+def _sets(schema: Schema, path: str, optional: tuple[str, ...] = ()) -> list[tuple[str, tuple[str, ...]]]:
+    """Paths of the set lists below, without those inside other lists; each with what of its path may be absent."""
+    found = [(path, optional)] if schema.get("x-kubernetes-list-type") == "set" else []
     for name, child in schema.get("properties", {}).items():
-        found += _sets(child, f"{path}.{name}")
+        absent = () if name in schema.get("required", ()) or "default" in child else (f"{path}.{name}",)
+        found += _sets(child, f"{path}.{name}", (*optional, *absent))
     return found
 
 

@@ -88,7 +88,7 @@ def _metric_rule(task: Task, metrics: tuple[Metric, ...]) -> Rule:
     return Rule(
         "evaluation.bestMetric",
         f"{task} has {', '.join(words)}",
-        f"self.task != '{task}' || !has(self.evaluation.bestMetric) || self.evaluation.bestMetric in {words}",
+        f"self.task != '{task}' || !has(self.evaluation) || !has(self.evaluation.bestMetric) || self.evaluation.bestMetric in {words}",
         lambda r: r.task is not task or r.evaluation.best_metric in (None, *metrics),
     )
 
@@ -134,7 +134,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "evaluation.bestMetric",
         "mcc is not defined for dataset.multiLabel",
-        "!has(self.dataset.multiLabel) || !has(self.evaluation.bestMetric) || self.evaluation.bestMetric != 'mcc'",
+        "!has(self.dataset.multiLabel) || !has(self.evaluation) || !has(self.evaluation.bestMetric) || self.evaluation.bestMetric != 'mcc'",
         lambda r: r.dataset.multi_label is None or r.evaluation.best_metric is not Metric.MCC,
     ),
 )
