@@ -5,6 +5,7 @@ cache, and handed to containerd; what was built from the same files is not built
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -23,7 +24,10 @@ ROOT = Path(__file__).parents[3]
 PARTS = ("operator", "trainer")
 NEEDED = {"buildah": "buildah", "debootstrap": "debootstrap"}
 _BASE, _BUILD_BASE = "localhost/finetune-base:bookworm", "localhost/finetune-build-base:bookworm"
+_TOOLS = "localhost/finetune-tools:bookworm"
 _CERTIFICATES = Path("/etc/ssl/certs")
+_ROOM_GB = 26
+"""What building the trainer's image takes at its peak: four copies of the packages (6.2 GB each), of which one stays."""
 
 
 class ImageError(Exception):
@@ -66,18 +70,34 @@ def find_tool() -> str:
 def prepare() -> None:
     """What the node needs: the pause image and both parts, built where their files changed. Root, outside of the sandbox."""
     sandbox.install_packages(NEEDED)
-    if not _exists(_BUILD_BASE) or not _exists(PAUSE_IMAGE):
-        _make_bases()
-    _forget_other_packages()
-    for part in PARTS:
-        done = _stamp(part)
-        if done.is_file() and done.read_text() == _digest(part) and _exists(name_of(part)):
-            continue
-        bases = [f"--build-arg=BASE={_BASE}", f"--build-arg=BUILD_BASE={_BUILD_BASE}"]
-        # The base trusts what Debian trusts; while it is built, what this machine trusts.
-        how = ["--isolation=chroot", "--network=host", "--pull-never", "--layers", f"--volume={_CERTIFICATES}:{_CERTIFICATES}:ro"]
-        _buildah(f"building {name_of(part)}", "bud", *how, *bases, f"--file=Dockerfile.{part}", f"--tag={name_of(part)}", ".")
-        done.write_text(_digest(part))
+    with (_store() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another build of the same images is waited for
+        if not _exists(_BUILD_BASE) or not _exists(PAUSE_IMAGE):
+            _make_bases()
+        _forget_other_packages()
+        for part in PARTS:
+            done = _stamp(part)
+            if not (done.is_file() and done.read_text() == _digest(part) and _exists(name_of(part))):
+                _build(part)
+                done.write_text(_digest(part))
+
+
+def _build(part: str) -> None:
+    _buildah("", "rm", "--all")  # of a build that was killed
+    free = shutil.disk_usage(_store()).free / 1e9
+    if not _exists(name_of(part)) and free < _ROOM_GB:
+        raise ImageError(
+            f"Building {name_of(part)} takes up to {_ROOM_GB} GB below {_store()}; {free:.0f} GB are free: "
+            "make room, or set FINETUNE_CACHE_DIR to a folder on a larger disk."
+        )
+    bases = [f"--build-arg=BASE={_BASE}", f"--build-arg=BUILD_BASE={_BUILD_BASE}"]
+    # The base trusts what Debian trusts; while it is built, what this machine trusts.
+    how = ["--isolation=chroot", "--network=host", "--pull-never", "--layers", f"--volume={_CERTIFICATES}:{_CERTIFICATES}:ro"]
+    bud = ["bud", *how, *bases, f"--file=Dockerfile.{part}"]
+    # A stage that comes from the cache is no place to mount from (buildah 1.28); an image is.
+    _buildah("", *bud, "--target=tools", f"--tag={_TOOLS}", ".")
+    tools = f"--build-context=tools=container-image://{_TOOLS}"
+    _buildah(f"building {name_of(part)}", *bud, tools, f"--tag={name_of(part)}", ".")
 
 
 def load(node: Node) -> None:
@@ -121,7 +141,7 @@ def _make_bases() -> None:
 
 
 def _forget_other_packages() -> None:
-    """Layers with packages that are no longer asked for: the trainer's take 13 GB."""
+    """Layers with packages that are no longer asked for: the trainer's take 6.2 GB here and twice that in containerd."""
     wanted, known = hashlib.sha256(), _store() / "packages.digest"
     for file in (file for part in PARTS for file in _pinned(part)):
         wanted.update(file.read_bytes())
@@ -129,6 +149,7 @@ def _forget_other_packages() -> None:
         for name in (name_of(part) for part in PARTS):
             subprocess.run(_command("rmi", "--force", name), capture_output=True, check=False)  # it may not be there
         _buildah("", "rmi", "--prune", "--force")
+        sandbox.forget_images()
     known.write_text(wanted.hexdigest())
 
 
@@ -183,7 +204,11 @@ def _exists(name: str) -> bool:
 
 def _buildah(title: str, *words: str) -> str:
     started = time.monotonic()
-    done = subprocess.run(_command(*words), cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    scratch = _store() / "tmp"
+    shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+    scratch.mkdir()
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    done = subprocess.run(_command(*words), cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise ImageError(f"buildah {' '.join(words)} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     if title:

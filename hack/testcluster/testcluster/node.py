@@ -112,7 +112,7 @@ class Node:
             "containerd.toml",
             f"""
 version = 2
-root = "{sandbox.home() / "containerd"}"
+root = "{sandbox.containerd_root()}"
 state = "/run/containerd-state"
 disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs"]
 [grpc]

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -91,14 +92,7 @@ def run(argv: list[str], *, uplink: bool = False) -> int:
     """Runs the command in new namespaces; its exit code. SIGTERM and SIGINT are passed on."""
     check()
     install_packages(NEEDED)
-    home().mkdir(parents=True, exist_ok=True)
-    with (home() / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise NoSandboxError(
-                f"Another node uses {home()}: stop it first (`make cluster-down`), or set FINETUNE_CACHE_DIR."
-            ) from None
+    with _only_user() as lock:
         remove_cgroups()
         scratch = home() / "tmp"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -108,6 +102,30 @@ def run(argv: list[str], *, uplink: bool = False) -> int:
         finally:
             remove_cgroups()
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def forget_images() -> None:
+    """Removes what containerd keeps; it is loaded again when it is asked for. Raises NoSandboxError while a node uses it."""
+    with _only_user():
+        shutil.rmtree(containerd_root(), ignore_errors=True)
+
+
+def containerd_root() -> Path:
+    """Where the node's containerd keeps images."""
+    return home() / "containerd"
+
+
+@contextlib.contextmanager
+def _only_user() -> Iterator[IO[str]]:
+    home().mkdir(parents=True, exist_ok=True)
+    with (home() / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NoSandboxError(
+                f"Another node uses {home()}: stop it first (`make cluster-down`), or set FINETUNE_CACHE_DIR."
+            ) from None
+        yield lock
 
 
 def _fork(argv: list[str], scratch: Path, lock: IO[str], uplink: bool) -> int:
