@@ -160,9 +160,11 @@ class Pickled:
 def load(folder: Path) -> None:
     from finetune_api import Recipe
     from finetune_trainer import model
+    from finetune_trainer.tasks import kind_of
 
     spec = manifest("x", dataset={"uri": "s3://data/x", "labels": ["a", "b"], "maxLength": 16})["spec"]
-    model.build(folder, Recipe.model_validate(spec), model.load_tokenizer(folder, "x"))
+    recipe = Recipe.model_validate(spec)
+    model.build(folder, recipe, kind_of(recipe.task, recipe.dataset), model.load_tokenizer(folder, recipe))
 
 
 def test_a_pickle_in_place_of_weights_is_not_read(tmp_path: Path) -> None:
