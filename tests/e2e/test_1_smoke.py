@@ -129,10 +129,10 @@ def test_training_survives_the_operators_pod_and_an_upgrade_of_the_chart(install
 
     installed.helm("rollback", RELEASE, "1", "--wait", "--timeout=150s")
     wait_checkpoint(jobs, "calm", beyond=saved)
+    assert [j["metadata"]["name"] for j in jobs.list("jobs")] == ["calm-1"]
     jobs.cluster.kubectl("-n", jobs.namespace, "patch", "ftj", "calm", "--type=merge", "-p", '{"spec":{"stop":true}}')
     status = jobs.wait_state("calm", "Complete")
     assert (status["attempt"], status["restarts"]) == (1, 0)
-    assert [j["metadata"]["name"] for j in jobs.list("jobs")] == ["calm-1"]
     operators = json.loads(installed.kubectl("-n", SYSTEM, "get", "deployment", RELEASE, "-o", "json").stdout)
     assert operators["spec"]["replicas"] == 1
 

@@ -1,5 +1,6 @@
 """What the sandbox leaves behind on a machine: nothing, also after kill -9. A sandbox in this sandbox, so that no machine is at risk."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,7 +25,11 @@ wait
 
 
 def processes() -> list[str]:
-    return [p.name for p in Path("/proc").glob("[0-9]*") if b"sleep\x00300" in (p / "cmdline").read_bytes()]
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            found += [process.name] if b"sleep\x00300" in (process / "cmdline").read_bytes() else []
+    return found
 
 
 def devices() -> str:
