@@ -46,16 +46,17 @@ class Corpus:
 def load_airline_or_feedback() -> Corpus:
     """The airline tweets where they are at hand, else the shipped customer feedback."""
     if not AIRLINE.is_dir():
-        train, validation, test = (_read(FEEDBACK / f"{split}.csv") for split in ("train", "validation", "test"))
+        train, validation, test = (read_csv(FEEDBACK / f"{split}.csv") for split in ("train", "validation", "test"))
         return Corpus("customer feedback", train, validation, test, LABELS)
-    train = _read(AIRLINE / "train.csv")
+    train = read_csv(AIRLINE / "train.csv")
     # Their validation file is the one that is held out: a tenth of the rest selects.
     random.Random(0).shuffle(train)
     count = round(len(train) * VALIDATION_SHARE)
-    return Corpus("airline tweets", train[count:], train[:count], _read(AIRLINE / "validation.csv"), LABELS)
+    return Corpus("airline tweets", train[count:], train[:count], read_csv(AIRLINE / "validation.csv"), LABELS)
 
 
-def _read(path: Path) -> Rows:
+def read_csv(path: Path) -> Rows:
+    """Rows of a csv file with a header."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
