@@ -219,8 +219,13 @@ def _peak_mib() -> float:
 # ------------------------------------------------------------------------------------------------------------- compare ----
 def measure(folder: Path, case: str, seed: int, mirror: str) -> Measured:
     """One run in a process of its own."""
-    one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    quiet = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(
         [sys.executable, __file__, "--case", case, "--seed", str(seed), "--folder", str(folder)],
         env={**os.environ, **one_thread, **quiet, "FINETUNE_MODEL_MIRROR": mirror},
@@ -258,7 +263,9 @@ def main() -> int:
     if said.case:
         print(json.dumps(asdict(RUN[said.case](said.folder, said.seed))))
         return 0
-    mirror = subprocess.run([sys.executable, ROOT / "hack/minilm.py"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    mirror = subprocess.run(
+        [sys.executable, ROOT / "hack/minilm.py"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
     corpus = common.load_airline_or_feedback()
     corpus = replace(corpus, train=corpus.train[: said.rows], validation=corpus.held_out)
     runs: dict[str, list[Measured]] = {case: [] for case in said.only}
@@ -269,7 +276,10 @@ def main() -> int:
             for case in (*said.only[turn:], *said.only[:turn]):  # nobody is always first
                 found = measure(Path(scratch), case, repeat, mirror)
                 runs[case].append(found)
-                print(f"{case:18} seed {repeat}: {found.samples / found.cpu_seconds:6.1f} samples per CPU-second  macro-F1 {found.macro_f1:.4f}", flush=True)
+                print(
+                    f"{case:18} seed {repeat}: {found.samples / found.cpu_seconds:6.1f} samples per CPU-second  macro-F1 {found.macro_f1:.4f}",
+                    flush=True,
+                )
     return report(corpus, runs)
 
 

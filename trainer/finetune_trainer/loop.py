@@ -17,7 +17,7 @@ import torch
 
 from finetune_api import Recipe
 from finetune_api.recipe import Precision, ScheduleType
-from finetune_trainer import layers, optim, snapshot
+from finetune_trainer import layers, optim, snapshot, vocabulary
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.data import plan
 from finetune_trainer.dist import ALONE, Group
@@ -64,8 +64,9 @@ class Loop:
         self._told: torch.Tensor | None = None
         self._ending = False
         layers.check(self.model, self.hyper)
+        self.state.vocabulary = words = vocabulary.digest(self.model)
         if self.resumed is not None:
-            self.state = snapshot.progress(self.resumed)
+            self.state = snapshot.progress(self.resumed, words)
             self.checkpoints.best = self.state.best_checkpoint
         precision = Precision(self.state.precision or resolve(self.hyper.precision, self.device))
         self.state.precision = precision.value

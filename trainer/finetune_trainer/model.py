@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.names import ENV_MODEL_MIRROR
 from finetune_api.recipe import Dropout, Recipe
 from finetune_api.tasks import Task
-from finetune_trainer import adapters
+from finetune_trainer import adapters, shortcuts
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.store import fetch_folder, open_store
@@ -156,6 +156,8 @@ def build(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.model.lora is not None:
         adapters.add(model, recipe.model.lora, recipe.model.uri, adapter)
+    fields = [f for group in DROPOUT_FIELDS["attention"] for f in group]
+    shortcuts.take(model, attention_dropout=any(getattr(model.config, f, None) for f in fields))
     return model
 
 

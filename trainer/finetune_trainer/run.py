@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api import Recipe, names
 from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, Result
 from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
-from finetune_trainer import adapters, data, model
+from finetune_trainer import adapters, data, model, vocabulary
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
 from finetune_trainer.dist import Group
@@ -127,6 +127,7 @@ class Run:
         learner = model.build(self.source, recipe, self.kind, tokenizer, saved).to(self.group.device())
         if not self.group.leads:
             torch.manual_seed(recipe.hyperparameters.seed + self.group.rank)  # the same weights, other dropout
+        vocabulary.narrow(learner, recipe.hyperparameters, encoded["train"].ids, int(tokenizer.pad_token_id))
         self._may_go_on()
         if self.group.leads:
             checkpoints.begin(restored[0].step if restored else 0)
@@ -343,7 +344,8 @@ def save_model(trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     if getattr(trained, "peft_config", None):
         adapters.save(trained, folder)
     else:
-        trained.save_pretrained(folder, max_shard_size="1000GB")  # one file of weights, whatever their size
+        weights = vocabulary.whole_weights(trained, trained.state_dict())
+        trained.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")  # one file, whatever its size
     tokenizer.save_pretrained(folder)
     card = {
         "task": recipe.task,

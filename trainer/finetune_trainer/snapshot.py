@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_trainer.dist import Group
+from finetune_trainer.errors import TrainingFailure
 
 if TYPE_CHECKING:
     pass
@@ -34,6 +35,8 @@ class TrainState:
     plateau_evaluations: int = 0
     precision: str = ""
     """As resolved at the first step: a resume on other hardware goes on in the same format."""
+    vocabulary: str = ""
+    """Digest of the words that the optimizer's state is about (vocabulary.py)."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -67,10 +70,17 @@ def stage(
     (trainer / "state.json").write_text(json.dumps({**asdict(state), "scaler": scaler.state_dict()}))
 
 
-def progress(folder: Path) -> TrainState:
-    """How far it was."""
+def progress(folder: Path, vocabulary: str) -> TrainState:
+    """How far it was. Raises TrainingFailure(DataInvalid) where it was about other words."""
     known = json.loads((folder / "trainer/state.json").read_text())
-    return TrainState(**{key: value for key, value in known.items() if key != "scaler"})
+    state = TrainState(**{key: value for key, value in known.items() if key != "scaler"})
+    if state.vocabulary != vocabulary:
+        raise TrainingFailure(
+            "DataInvalid",
+            f"dataset.train: it has other words than when the checkpoint of step {state.step} was written: bring that data back, or "
+            "choose another output.storageUri",
+        )
+    return state
 
 
 def restore(folder: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

@@ -29,13 +29,14 @@ WORDS = {
 FILLERS = ["the", "a", "it", "was", "is", "and", "very", "my"]
 
 
-def make_model(folder: Path, *, positions: int = 64) -> Path:
-    """A pretrained model as people have them: a BERT body without a head, and its tokenizer."""
+def make_model(folder: Path, *, positions: int = 64, spare_words: int = 0) -> Path:
+    """A pretrained model as people have them: a BERT body without a head, and its tokenizer. No text has a spare word."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLERS, *(word for words in WORDS.values() for word in words)]
+    vocabulary += [f"spare{i}" for i in range(spare_words)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
