@@ -9,7 +9,7 @@ E2E := $(if $(SMOKE),tests/e2e/test_1_smoke.py,tests/e2e)
 # The test cluster is a tool of this checkout, not a part of the distribution.
 export PYTHONPATH := $(CURDIR)/hack/testcluster
 
-.PHONY: help demo test lint unit integration e2e images cluster cluster-down generate lock sbom clean
+.PHONY: help demo test lint unit integration e2e bench bench-trainer images cluster cluster-down generate lock sbom clean
 
 help: ## this table
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ else
 	$(BIN)/python hack/minilm.py >/dev/null
 	env -u KUBECONFIG $(BIN)/python -m testcluster.sandbox $(BIN)/python -m pytest $(E2E)
 endif
+
+bench: bench-trainer ## every benchmark; each prints its table and writes build/bench/NAME.json
+
+bench-trainer: $(VENV)/dev.stamp ## the trainer's speed and quality beside Hugging Face's Trainer (about 25 minutes)
+	$(BIN)/python benchmarks/trainer.py
 
 cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes with the operator: a real node as root, else (or with NODE=0) pods as processes
 	$(BIN)/python -m testcluster $(if $(filter 0,$(NODE)),up,up-node)
