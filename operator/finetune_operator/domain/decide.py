@@ -154,7 +154,7 @@ class _Reconcile:
     # ------------------------------------------------------------------------------------------------------- run -------
     def _follow(self, child: Object, pods: tuple[Object, ...]) -> Decision:
         """The child runs or waits: say what happens."""
-        if self._lost_node(pods):
+        if any(self._lost(pod) for pod in pods):
             return self._replace_lost(child)
         self._count_pods(child, pods)
         phases = [p.get("status", {}).get("phase") for p in pods]
@@ -179,7 +179,9 @@ class _Reconcile:
             self.draft.set(Condition.RUNNING, False, reason, message)
         if is_true(self.draft.old, Condition.SUSPENDED):
             self.draft.set(Condition.SUSPENDED, False, Reason.RESUMED)
-        return Decision(self.draft.done(), tuple(self.actions))
+        # That a pod is still there on a node that does not answer is no event.
+        ends = [(end - self.now).total_seconds() + 1 for pod in pods if not _over(pod) and (end := _lost_after(pod))]
+        return Decision(self.draft.done(), tuple(self.actions), min(ends, default=None))
 
     def _count_pods(self, child: Object, pods: tuple[Object, ...]) -> None:
         phases = [p.get("status", {}).get("phase") for p in pods]
@@ -317,17 +319,12 @@ class _Reconcile:
 
     def _alive(self) -> bool:
         """Whether a pod of any attempt may still be running. A pod on a lost node is not waited for: storage fences it."""
-        return any(
-            p.get("status", {}).get("phase") not in ("Succeeded", "Failed") and not self._lost(p) for p in self.observed.pods
-        )
+        return any(not _over(pod) and not self._lost(pod) for pod in self.observed.pods)
 
     def _lost(self, pod: Object) -> bool:
-        asked = parse_time(pod["metadata"].get("deletionTimestamp"))
-        # deletionTimestamp is the time at which the grace period ends.
-        return asked is not None and self.now > asked + timedelta(seconds=LOST_NODE_SECONDS)
-
-    def _lost_node(self, pods: tuple[Object, ...]) -> bool:
-        return bool(pods) and all(self._lost(p) and p.get("status", {}).get("phase") == "Running" for p in pods)
+        """Whether the pod should have ended long ago, and nobody tells that it did."""
+        after = _lost_after(pod)
+        return after is not None and self.now > after and not _over(pod)
 
     def _replace_lost(self, child: Object) -> Decision:
         self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
@@ -336,6 +333,16 @@ class _Reconcile:
         self.draft.state(State.RESTARTING)
         self.draft.set(Condition.RUNNING, True, Reason.WAITING_FOR_RESTART, f"NodeLost: {message}")
         return Decision(self.draft.done(), tuple(self.actions), 1.0)
+
+
+def _over(pod: Object) -> bool:
+    return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+
+
+def _lost_after(pod: Object) -> datetime | None:
+    """When a pod that was asked to end is taken for lost."""
+    grace_ends = parse_time(pod["metadata"].get("deletionTimestamp"))
+    return grace_ends + timedelta(seconds=LOST_NODE_SECONDS) if grace_ends else None
 
 
 def _why_pending(pods: tuple[Object, ...]) -> tuple[str, str]:

@@ -91,23 +91,39 @@ class World:
         name = manifest["metadata"]["name"]
         if name in self.children:
             return
-        assert not [p for p in self.pods.values() if p["status"]["phase"] in ("Pending", "Running")], "an older pod still runs"
+        assert not [p for p in self.pods.values() if self.alive(p)], "an older pod still runs"
         self.created.append(name)
         self.uid += 1
         self.children[name] = {**manifest, "metadata": {**manifest["metadata"], "uid": f"j{self.uid}"}, "status": {}}
-        self.pods[name] = {
-            "metadata": {
-                "name": f"{name}-x",
-                "uid": f"p{self.uid}",
-                "creationTimestamp": stamp(self.now),
-                "ownerReferences": [{"uid": f"j{self.uid}", "controller": True}],
-            },
-            "status": {"phase": "Pending"},
-        }
+        for index in range(manifest["spec"]["completions"]):
+            key = f"{name}/{index}" if index else name
+            self.pods[key] = self.pod(
+                key, f"p{self.uid}", {"kind": "Job", "name": name, "uid": f"j{self.uid}", "controller": True}
+            )
+
+    def pod(self, name: str, uid: str, *owners: dict[str, Any]) -> dict[str, Any]:
+        meta = {"name": f"{name}-x", "uid": uid, "creationTimestamp": stamp(self.now), "ownerReferences": [*owners]}
+        return {"metadata": meta, "status": {"phase": "Pending"}}
+
+    def alive(self, pod: dict[str, Any]) -> bool:
+        """Its process may be running, and nobody has given its node up."""
+        ends = pod["metadata"].get("deletionTimestamp")
+        lost = ends is not None and self.now > datetime.fromisoformat(ends) + timedelta(seconds=60)
+        return pod["status"]["phase"] in ("Pending", "Running") and not lost
 
     def delete(self, name: str) -> None:
-        if self.children.pop(name, None) and name in self.pods:
-            self.pods[name]["metadata"].setdefault("deletionTimestamp", stamp(self.now + timedelta(seconds=60)))
+        if self.children.pop(name, None):
+            for key, pod in self.pods.items():
+                if key.partition("/")[0] == name:
+                    pod["metadata"].setdefault("deletionTimestamp", stamp(self.now + timedelta(seconds=60)))
+
+    def lose(self, name: str) -> None:
+        """The pod's node dies; its deletion was asked for, and nobody is left to carry it out."""
+        self.pods[name]["metadata"].setdefault("deletionTimestamp", stamp(self.now))
+
+    def gone(self) -> None:
+        """What was asked to end has ended."""
+        self.pods = {key: pod for key, pod in self.pods.items() if "deletionTimestamp" not in pod["metadata"]}
 
     def run(self, name: str) -> None:
         self.pods[name]["status"] = {
@@ -403,7 +419,8 @@ def test_a_queue_label_goes_to_the_child_and_its_suspension_is_shown_as_queued()
 
 def test_a_pod_on_a_lost_node_is_replaced() -> None:
     world = running()
-    world.pods["ft-1"]["metadata"]["deletionTimestamp"] = stamp(world.now)
+    world.lose("ft-1")
+    assert world.reconcile().requeue_after == 61, "no event tells that a pod is still there"
     world.wait(61)
     world.reconcile()
     assert "NodeLost" in world.condition("Running")["message"]
@@ -412,6 +429,36 @@ def test_a_pod_on_a_lost_node_is_replaced() -> None:
     world.reconcile()
     assert world.created == ["ft-1", "ft-2"]
     assert (world.status["restarts"], world.status["restartsCountTowardsMax"]) == (1, 0)
+
+
+@pytest.mark.parametrize("peer", ["waits for its peer", "failed"])
+def test_one_of_two_pods_on_a_lost_node_is_enough(peer: str) -> None:
+    world = World(trainer={"numNodes": 2})
+    world.reconcile()
+    world.run("ft-1")
+    world.run("ft-1/1")
+    world.reconcile()
+    world.lose("ft-1/1")
+    if peer == "failed":
+        world.pods["ft-1"]["status"]["phase"] = "Failed"  # The Job is not: it waits for the other pod to end.
+    world.wait(61)
+    world.reconcile()
+    assert "NodeLost" in world.condition("Running")["message"]
+    world.reconcile()
+    assert world.created == (["ft-1", "ft-2"] if peer == "failed" else ["ft-1"]), "the peer is asked to end, and may be saving"
+    del world.pods["ft-1"]
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+
+
+def test_a_pod_whose_node_dies_before_it_ran_is_replaced() -> None:
+    world = World()
+    world.reconcile()
+    world.lose("ft-1")
+    world.wait(61)
+    world.reconcile()
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
 
 
 def test_why_a_pod_does_not_start_is_in_the_condition() -> None:
@@ -436,7 +483,9 @@ def test_evaluations_are_write_once_and_bounded() -> None:
 
 
 EVENTS = st.lists(
-    st.sampled_from(["run", "ok", "oom", "disrupt", "data", "suspend", "resume", "delete-child", "gone", "wait", "crash"]),
+    st.sampled_from(
+        ["run", "ok", "oom", "disrupt", "data", "suspend", "resume", "delete-child", "lose", "gone", "wait", "crash"]
+    ),
     max_size=25,
 )
 
@@ -444,7 +493,8 @@ EVENTS = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(EVENTS)
 def test_any_story_keeps_the_invariants(events: list[str]) -> None:
-    """At most one attempt alive (asserted in create), attempts never fall, terminal is terminal, no attempt is skipped."""
+    """At most one attempt alive (asserted in create), attempts never fall, terminal is terminal, no attempt is skipped; and the job goes
+    on, whatever has happened."""
     world = World(failurePolicy={"maxRestarts": 2})
     last_attempt = 0
     terminal: dict[str, Any] | None = None
@@ -467,9 +517,10 @@ def test_any_story_keeps_the_invariants(events: list[str]) -> None:
             world.job["spec"]["suspend"] = event == "suspend"
         elif event == "delete-child":
             world.delete(name)
+        elif event == "lose" and phase in ("Pending", "Running"):
+            world.lose(name)
         elif event == "gone":
-            for key in [k for k, p in world.pods.items() if p["metadata"].get("deletionTimestamp")]:
-                del world.pods[key]
+            world.gone()
         elif event == "wait":
             world.wait(20)
         world.reconcile(die_before_status=event == "crash")
@@ -483,3 +534,9 @@ def test_any_story_keeps_the_invariants(events: list[str]) -> None:
     # A child that is deleted before its attempt was recorded is created again under its name; none is skipped.
     distinct = list(dict.fromkeys(world.created))
     assert distinct == [f"ft-{n}" for n in range(1, len(distinct) + 1)]
+    world.job["spec"]["suspend"] = False
+    for _ in range(20):
+        world.wait(60)
+        world.reconcile()
+    newest = world.pods.get(world.created[-1]) if world.created else None
+    assert is_finished(world.status) or (newest is not None and world.alive(newest)), "nothing happens any more"
