@@ -27,6 +27,14 @@ def owned_by(child: Object, job_uid: str) -> bool:
     return any(r.get("controller") and r.get("uid") == job_uid for r in refs)
 
 
+def is_trainers(pod: Object, job_name: str) -> bool:
+    """Whether the pod is of one of the job's attempts, be its Job deleted or of an earlier resource of that name. Labels do not count:
+    anybody may set them, while a pod whose controller was never there is removed by the garbage collector."""
+    refs = pod["metadata"].get("ownerReferences") or []
+    kinds = [str(r.get("name")).rpartition("-") for r in refs if r.get("controller") and r.get("kind") == "Job"]
+    return any(name == job_name and attempt.isdigit() for name, _, attempt in kinds)
+
+
 def gpus_per_pod(job: FineTuneJob) -> int:
     """GPUs that one pod asks for, of any vendor (nvidia.com/gpu, amd.com/gpu, ...)."""
     resources = job.spec.trainer.resources_per_node

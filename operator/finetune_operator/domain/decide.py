@@ -15,7 +15,7 @@ from finetune_api.defaults import with_defaults
 from finetune_api.manifest import ManifestError, parse_job
 from finetune_api.names import Condition, Reason, State
 from finetune_api.report import Outcome
-from finetune_operator.domain.child import build_child, build_service, gpus_per_pod, owned_by
+from finetune_operator.domain.child import build_child, build_service, gpus_per_pod, is_trainers, owned_by
 from finetune_operator.domain.outcome import Ended, end_report, ended, parse_time
 from finetune_operator.domain.status import StatusDraft, is_finished, is_true, stamp
 from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Settings
@@ -319,7 +319,8 @@ class _Reconcile:
 
     def _alive(self) -> bool:
         """Whether a pod of any attempt may still be running. A pod on a lost node is not waited for: storage fences it."""
-        return any(not _over(pod) and not self._lost(pod) for pod in self.observed.pods)
+        trainers = (pod for pod in self.observed.pods if is_trainers(pod, self.job.metadata["name"]))
+        return any(not _over(pod) and not self._lost(pod) for pod in trainers)
 
     def _lost(self, pod: Object) -> bool:
         """Whether the pod should have ended long ago, and nobody tells that it did."""

@@ -52,7 +52,7 @@ class Observed:
     """The Job of the attempt after it; read where `child` is absent or finished. It exists when the operator died between
     creating it and writing the status."""
     pods: tuple[Object, ...] = ()
-    """All pods labelled with this job, of any attempt."""
+    """All pods labelled with this job, of any attempt; who made them is for `decide` to look at."""
     progress: Progress | None = None
     create_error: str | None = None
     """What the API server said when it refused the child Job that the last decision wanted."""

@@ -122,8 +122,14 @@ class World:
         self.pods[name]["metadata"].setdefault("deletionTimestamp", stamp(self.now))
 
     def gone(self) -> None:
-        """What was asked to end has ended."""
-        self.pods = {key: pod for key, pod in self.pods.items() if "deletionTimestamp" not in pod["metadata"]}
+        """What was asked to end has ended; a Job that loses a pod so has failed."""
+        for key in [key for key, pod in self.pods.items() if "deletionTimestamp" in pod["metadata"]]:
+            del self.pods[key]
+            if child := self.children.get(key.partition("/")[0]):
+                child["status"].setdefault("conditions", [self.now_true("Failed")])
+
+    def now_true(self, kind: str) -> dict[str, Any]:
+        return {"type": kind, "status": "True", "lastTransitionTime": stamp(self.now)}
 
     def run(self, name: str) -> None:
         self.pods[name]["status"] = {
@@ -140,10 +146,7 @@ class World:
             **pod_status,
         }
         if name in self.children:
-            kind = "Failed" if code else "Complete"
-            self.children[name]["status"] = {
-                "conditions": [{"type": kind, "status": "True", "lastTransitionTime": stamp(self.now)}]
-            }
+            self.children[name]["status"] = {"conditions": [self.now_true("Failed" if code else "Complete")]}
 
     def fail(self, name: str, reason: str, message: str = "because") -> None:
         report = {"outcome": "Failed", "reason": reason, "message": message}
@@ -459,6 +462,31 @@ def test_a_pod_whose_node_dies_before_it_ran_is_replaced() -> None:
     world.reconcile()
     world.reconcile()
     assert world.created == ["ft-1", "ft-2"]
+
+
+OWNERS = {
+    "none": [],
+    "another job's": [{"kind": "Job", "name": "ft-1-1", "uid": "x", "controller": True}],
+    "no attempt": [{"kind": "Job", "name": "ft-x", "uid": "x", "controller": True}],
+    "another kind": [{"kind": "ReplicaSet", "name": "ft-1", "uid": "x", "controller": True}],
+    "no controller": [{"kind": "Job", "name": "ft-1", "uid": "x"}],
+}
+
+
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS)
+def test_a_pod_that_only_wears_the_label_holds_nothing_up(owners: list[dict[str, Any]]) -> None:
+    world = running()
+    stranger = world.pod("stranger", "s", *owners)
+    stranger["status"]["phase"] = "Running"
+    world.end("ft-1", 137, "", "OOMKilled")
+    world.pods["stranger"] = stranger
+    world.reconcile()
+    world.wait(10)
+    assert [a for a in world.look().actions if isinstance(a, CreateJob)]
+    world.job["spec"]["suspend"] = True
+    world.reconcile()
+    world.reconcile()
+    assert world.status["state"] == "Suspended"
 
 
 def test_why_a_pod_does_not_start_is_in_the_condition() -> None:
