@@ -160,6 +160,8 @@ class ChildStatus(Model):
 
     name: Annotated[str, StringConstraints(max_length=63)]
     """Name of the Job."""
+    uid: Annotated[str, StringConstraints(max_length=64)] | None = None
+    """Its uid: the pods that it made are the attempt's, also when the Job is gone and they still save."""
     ready: int = 0
     """Pods that are ready."""
     active: int = 0

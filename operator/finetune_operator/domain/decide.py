@@ -15,9 +15,9 @@ from finetune_api.defaults import with_defaults
 from finetune_api.manifest import ManifestError, parse_job
 from finetune_api.names import Condition, Reason, State
 from finetune_api.report import Outcome
-from finetune_operator.domain.child import build_child, build_service, gpus_per_pod, is_trainers, owned_by
+from finetune_operator.domain.child import build_child, build_service, child_name, gpus_per_pod, is_trainers, owned_by
 from finetune_operator.domain.outcome import Ended, end_report, ended, parse_time
-from finetune_operator.domain.status import StatusDraft, is_finished, is_true, stamp
+from finetune_operator.domain.status import StatusDraft, is_finished, is_true, recorded_uid, stamp
 from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Settings
 
 MAX_BACKOFF_SECONDS = 300.0
@@ -74,12 +74,9 @@ class _Reconcile:
         for child in (self.observed.child, self.observed.next_child):
             if child is not None and not owned_by(child, uid):
                 return self._name_conflict(child)
+        self._hear(self.observed.child)
         child = self._take_over()
-        self.draft.merge_progress(self.observed.progress)
-        pods = self._pods_of(child)
-        for pod in pods:
-            if report := end_report(pod):
-                self.draft.merge_facts(report.evaluations, report.checkpoint, report.resumed_from)
+        pods = self._hear(child)
         over = ended(child, pods) if child is not None else None
         if over and over.failure is None:
             return self._complete(over)
@@ -91,6 +88,15 @@ class _Reconcile:
         if child is None:
             return self._start()
         return self._follow(child, pods)
+
+    def _hear(self, child: Object | None) -> tuple[Object, ...]:
+        """Takes over what the trainers of the current attempt report, the ended ones too; its pods."""
+        self.draft.merge_progress(self.observed.progress)
+        pods = self._pods_of(child)
+        for pod in pods:
+            if report := end_report(pod):
+                self.draft.merge_facts(report.evaluations, report.checkpoint, report.resumed_from)
+        return pods
 
     # ------------------------------------------------------------------------------------------------------ start ------
     def _take_over(self) -> Object | None:
@@ -187,6 +193,7 @@ class _Reconcile:
         phases = [p.get("status", {}).get("phase") for p in pods]
         counted = {
             "name": child["metadata"]["name"],
+            "uid": child["metadata"]["uid"],
             "ready": phases.count("Running"),
             "active": phases.count("Running") + phases.count("Pending"),
             "succeeded": phases.count("Succeeded"),
@@ -277,6 +284,7 @@ class _Reconcile:
             self._leave(over)
             return _fail(self.draft, over.failure.reason, over.message, self.actions)
         if child is not None:
+            self._count_pods(child, self._pods_of(child))
             # Also when it ended already: what is wound down leaves nothing that the next attempt could stumble over.
             self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
         if child is not None or self._alive():
@@ -315,7 +323,10 @@ class _Reconcile:
             self.draft.new.setdefault("startTime", stamp(over.started))
 
     def _pods_of(self, child: Object | None) -> tuple[Object, ...]:
-        return tuple(p for p in self.observed.pods if child is not None and owned_by(p, child["metadata"]["uid"]))
+        """The pods of the current attempt. Those of a Job that is deleted may still save: they go by the uid that was noted."""
+        current = child_name(self.job.metadata["name"], self.draft.new["attempt"])
+        uid = child["metadata"]["uid"] if child is not None else recorded_uid(self.draft.old, current)
+        return tuple(p for p in self.observed.pods if uid and owned_by(p, uid))
 
     def _alive(self) -> bool:
         """Whether a pod of any attempt may still be running. A pod on a lost node is not waited for: storage fences it."""

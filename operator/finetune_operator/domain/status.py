@@ -37,6 +37,11 @@ def is_finished(status: Object) -> bool:
     return is_true(status, Condition.COMPLETE) or is_true(status, Condition.FAILED)
 
 
+def recorded_uid(status: Object, child: str) -> str | None:
+    """The uid that the Job of the current attempt has or had, if that is its name."""
+    return next((c.get("uid") for c in status.get("jobsStatus") or [] if c["name"] == child), None)
+
+
 def only_progress_differs(old: Object | None, new: Object) -> bool:
     """Whether a write of `new` could wait: all that differs is what trainers report every few seconds."""
     return old is not None and _without_progress(old) == _without_progress(new)

@@ -352,6 +352,34 @@ def test_stop_ends_as_complete_and_names_the_checkpoint() -> None:
     assert "s3://c/5" in world.condition("Complete")["message"]
 
 
+@pytest.mark.parametrize("how", ["suspend", "stop"])
+@pytest.mark.parametrize("told", ["report", "post"])
+def test_what_the_pod_saves_while_it_is_wound_down_is_the_newest_checkpoint(how: str, told: str) -> None:
+    world = running()
+    world.wait(3600)
+    world.job["spec"][how] = True
+    world.reconcile()
+    assert world.children == {}
+    world.wait(20)
+    checkpoint = {"step": 9, "uri": "s3://c/9", "time": stamp(world.now), "sizeBytes": 1}
+    if told == "report":
+        report = {"outcome": "Interrupted", "reason": "Interrupted", "message": "m", "checkpoint": checkpoint}
+        world.end("ft-1", 20, json.dumps(report))
+    else:
+        world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "p1")
+        world.gone()
+    stranger = world.pod("stranger", "s", {"kind": "Job", "name": "ft-1", "uid": "of an earlier ft", "controller": True})
+    world.pods["stranger"] = stranger
+    later = {**checkpoint, "step": 10, "time": stamp(world.now + timedelta(seconds=1))}
+    world.end("stranger", 20, json.dumps({"outcome": "Interrupted", "checkpoint": later}))
+    world.reconcile()
+    assert world.status["state"] == {"suspend": "Suspended", "stop": "Complete"}[how]
+    assert world.status["checkpoint"]["step"] == 9
+    assert (world.status["activeSeconds"], world.status["lostWorkSeconds"]) == (3620, 0)
+    if how == "stop":
+        assert world.condition("Complete")["message"] == "Stopped by spec.stop. The newest checkpoint is s3://c/9."
+
+
 def test_progress_of_an_older_attempt_is_ignored() -> None:
     world = running()
     report = ProgressReport.model_validate({"trainerStatus": {"progressPercentage": 50}})
