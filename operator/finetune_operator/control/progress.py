@@ -48,7 +48,7 @@ class Denied(Exception):  # noqa: N818
 
 @dataclass
 class _Trusted:
-    pod_uid: str
+    job_uid: str
     until: float
     allowance: float = BURST
     seen: float = 0.0
@@ -94,9 +94,9 @@ class ProgressServer:
         self._limit(trusted)
         report = _parse(await request.read())
         before = self.reconciler.progress.get(key)
-        if before and before.attempt > number:
+        if before and before.job_uid == trusted.job_uid and before.attempt > number:
             raise Denied(409, f"attempt {number} is over")
-        self.reconciler.progress[key] = Progress(report, datetime.now(UTC), number, trusted.pod_uid)
+        self.reconciler.progress[key] = Progress(report, datetime.now(UTC), number, trusted.job_uid)
         self.queue.add_after(key, 0.2)
 
     async def _verify(self, request: web.Request, key: Key, attempt: int) -> _Trusted:
@@ -106,9 +106,9 @@ class ProgressServer:
         proof = hashlib.sha256(f"{token}\0{key}\0{attempt}".encode()).hexdigest()
         now = time.monotonic()
         known = self._trusted.get(proof)
-        if known is None or known.until < now:
-            pod_uid = await self._ask(token, key, attempt)
-            known = _Trusted(pod_uid, now + TRUST_SECONDS, *((known.allowance, known.seen) if known else ()))
+        if known is None or known.until < now or known.job_uid != (self.reconciler.uid(key) or known.job_uid):
+            job_uid = await self._ask(token, key, attempt)
+            known = _Trusted(job_uid, now + TRUST_SECONDS, *((known.allowance, known.seen) if known else ()))
             self._trusted[proof] = known
             self._trusted.move_to_end(proof)
             while len(self._trusted) > CACHE_SIZE:
@@ -116,7 +116,7 @@ class ProgressServer:
         return known
 
     async def _ask(self, token: str, key: Key, attempt: int) -> str:
-        """The uid of the pod that holds this token, if it is the pod of this attempt. Raises Denied."""
+        """The uid of the resource, if a pod of this attempt of it holds the token. Raises Denied."""
         review = await self.cluster.review(
             "authentication.k8s.io", "TokenReview", {"token": token, "audiences": [names.PROGRESS_AUDIENCE]}
         )
@@ -141,7 +141,7 @@ class ProgressServer:
         current = int((job.get("status") or {}).get("attempt") or 0)
         if attempt < current:
             raise Denied(409, f"attempt {attempt} is over; the current one is {current}")
-        return pod_uid
+        return str(job["metadata"]["uid"])
 
     async def _child_uid(self, job: Object, name: str) -> str | None:
         """Of the job's Job of this name; of one that is gone, as noted when it was there."""

@@ -18,13 +18,20 @@ from finetune_api.report import Outcome
 from finetune_operator.domain.child import build_child, build_service, child_name, gpus_per_pod, is_trainers, owned_by
 from finetune_operator.domain.outcome import Ended, end_report, ended, parse_time
 from finetune_operator.domain.status import StatusDraft, is_finished, is_true, recorded_uid, stamp
-from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Settings
+from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Progress, Settings
 
 MAX_BACKOFF_SECONDS = 300.0
 WAIT_FOR_PODS_SECONDS = 5.0
 WAIT_FOR_CONFLICT_SECONDS = 30.0
 LOST_NODE_SECONDS = 60.0
 """A pod that is still there so long after its grace period is on a node that does not answer."""
+
+_WAITING = {
+    State.PENDING: Reason.WAITING_FOR_PODS,
+    State.RESTARTING: Reason.WAITING_FOR_RESTART,
+    State.SUSPENDING: Reason.SUSPENDING,
+    State.STOPPING: Reason.STOPPING,
+}
 
 
 def decide(observed: Observed, now: datetime, settings: Settings) -> Decision:
@@ -91,12 +98,17 @@ class _Reconcile:
 
     def _hear(self, child: Object | None) -> tuple[Object, ...]:
         """Takes over what the trainers of the current attempt report, the ended ones too; its pods."""
-        self.draft.merge_progress(self.observed.progress)
+        self.draft.merge_progress(self._progress())
         pods = self._pods_of(child)
         for pod in pods:
             if report := end_report(pod):
                 self.draft.merge_facts(report.evaluations, report.checkpoint, report.resumed_from)
         return pods
+
+    def _progress(self) -> Progress | None:
+        """The newest report, if it is of the current attempt."""
+        mine, found = (self.job.metadata["uid"], self.draft.new["attempt"]), self.observed.progress
+        return found if found and (found.job_uid, found.attempt) == mine else None
 
     # ------------------------------------------------------------------------------------------------------ start ------
     def _take_over(self) -> Object | None:
@@ -116,7 +128,7 @@ class _Reconcile:
     def _start(self) -> Decision:
         """No child: begin, resume, or replace one that somebody deleted."""
         if self._alive():
-            return self._wait_for_pods(State.RESTARTING)
+            return self._wait_for_pods(State.RESTARTING if self.draft.new["attempt"] else State.PENDING)
         if self.draft.new["attempt"] and not is_true(self.draft.old, Condition.SUSPENDED):
             self._leave(None)
             self.draft.count("restarts")
@@ -174,8 +186,7 @@ class _Reconcile:
             self.draft.state(State.RUNNING)
             self.draft.set(Condition.RUNNING, True, Reason.PODS_RUNNING, "All pods of the trainer are running.")
             self.draft.new.setdefault("startTime", stamp(self.now))
-            reported = self.observed.progress and self.observed.progress.attempt == self.draft.new["attempt"]
-            if reported or (is_true(self.draft.old, Condition.PROGRESSING)):
+            if self._progress() or is_true(self.draft.old, Condition.PROGRESSING):
                 self.draft.set(Condition.PROGRESSING, True, Reason.PROGRESS_REPORTED, "The trainer reports progress.")
             else:
                 self.draft.set(Condition.PROGRESSING, None, Reason.NO_PROGRESS_YET)
@@ -304,11 +315,9 @@ class _Reconcile:
     def _wait_for_pods(self, state: State) -> Decision:
         self.draft.state(state)
         was_running = is_true(self.draft.old, Condition.RUNNING)
-        reason = Reason.STOPPING if state is State.STOPPING else Reason.SUSPENDING
-        if state is State.RESTARTING:
-            reason = Reason.WAITING_FOR_RESTART
+        whose = " of an earlier job of this name" if state is State.PENDING else ""
         # Running stays True until the pods are gone: they still hold their GPUs, and the time counts.
-        self.draft.set(Condition.RUNNING, was_running, reason, "Waiting until the pods are gone.")
+        self.draft.set(Condition.RUNNING, was_running, _WAITING[state], f"Waiting until the pods{whose} are gone.")
         if is_true(self.draft.old, Condition.SUSPENDED):
             self.draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED)
         elif state is State.SUSPENDING:

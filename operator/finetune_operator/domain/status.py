@@ -112,7 +112,7 @@ class StatusDraft:
     # ------------------------------------------------------------------------------------------ facts from the trainer --
     def merge_progress(self, progress: Progress | None) -> None:
         """Takes over the newest report of the current attempt."""
-        if progress is None or progress.attempt != self.new["attempt"]:
+        if progress is None:
             return
         report = progress.report
         if report.trainer_status:

@@ -33,12 +33,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """The newest report of one execution, already authenticated as coming from this pod."""
+    """The newest report of one attempt, already authenticated as coming from a pod of it."""
 
     report: ProgressReport
     received: datetime
     attempt: int
-    pod_uid: str
+    job_uid: str
+    """Of the resource that the attempt is of: another may have its name by now."""
 
 
 @dataclass(frozen=True)

@@ -342,7 +342,7 @@ def test_created_suspended_makes_no_job() -> None:
 def test_stop_ends_as_complete_and_names_the_checkpoint() -> None:
     world = running()
     checkpoint = {"step": 5, "uri": "s3://c/5", "time": stamp(T0), "sizeBytes": 1}
-    world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "p1")
+    world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "u0")
     world.reconcile()
     world.job["spec"]["stop"] = True
     world.reconcile()
@@ -366,7 +366,7 @@ def test_what_the_pod_saves_while_it_is_wound_down_is_the_newest_checkpoint(how:
         report = {"outcome": "Interrupted", "reason": "Interrupted", "message": "m", "checkpoint": checkpoint}
         world.end("ft-1", 20, json.dumps(report))
     else:
-        world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "p1")
+        world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "u0")
         world.gone()
     stranger = world.pod("stranger", "s", {"kind": "Job", "name": "ft-1", "uid": "of an earlier ft", "controller": True})
     world.pods["stranger"] = stranger
@@ -383,16 +383,19 @@ def test_what_the_pod_saves_while_it_is_wound_down_is_the_newest_checkpoint(how:
 def test_progress_of_an_older_attempt_is_ignored() -> None:
     world = running()
     report = ProgressReport.model_validate({"trainerStatus": {"progressPercentage": 50}})
-    world.progress = Progress(report, T0, 7, "p1")
+    world.progress = Progress(report, T0, 7, "u0")
     assert "trainerStatus" not in world.reconcile().status
-    world.progress = Progress(report, T0, 1, "p1")
+    world.progress = Progress(report, T0, 1, "of an earlier ft")
+    assert "trainerStatus" not in world.reconcile().status
+    assert world.condition("Progressing")["status"] == "Unknown"
+    world.progress = Progress(report, T0, 1, "u0")
     old = world.status
     new = world.reconcile().status
     assert new["trainerStatus"]["progressPercentage"] == 50
     assert world.condition("Progressing")["status"] == "True"
     assert not only_progress_differs(old, new)  # the condition changed
     later = ProgressReport.model_validate({"trainerStatus": {"progressPercentage": 60}})
-    world.progress = Progress(later, T0 + timedelta(seconds=5), 1, "p1")
+    world.progress = Progress(later, T0 + timedelta(seconds=5), 1, "u0")
     assert only_progress_differs(new, world.look().status)
 
 
@@ -490,6 +493,23 @@ def test_a_pod_whose_node_dies_before_it_ran_is_replaced() -> None:
     world.reconcile()
     world.reconcile()
     assert world.created == ["ft-1", "ft-2"]
+
+
+@pytest.mark.parametrize("end", ["gone", "lost"])
+def test_a_job_made_anew_waits_for_the_pods_of_the_one_before(end: str) -> None:
+    world = World()
+    old = world.pod("ft-3-x", "p0", {"kind": "Job", "name": "ft-3", "uid": "j0", "controller": True})
+    old["status"]["phase"] = "Running"
+    world.pods["ft-3"] = old
+    assert world.reconcile().requeue_after is not None
+    assert (world.created, world.status["state"], world.status["restarts"]) == ([], "Pending", 0)
+    assert "of an earlier job of this name" in world.condition("Running")["message"]
+    world.lose("ft-3")
+    if end == "gone":
+        world.gone()
+    world.wait(61)
+    world.reconcile()
+    assert (world.created, world.status["restarts"]) == (["ft-1"], 0)
 
 
 OWNERS = {

@@ -18,6 +18,8 @@ from finetune_operator.kube.port import CHILDREN, JOBS, PODS, Object, Resource
 from finetune_operator.observe.metrics import Metrics
 
 KEY = ("ns", "ft")
+META = {"name": "ft", "namespace": "ns", "resourceVersion": "1"}
+SPEC = {"trainer": {"command": ["x"]}}
 SETTINGS = Settings(trainer_image="trainer:1", progress_url="https://progress:8443", progress_ca="PEM")
 
 
@@ -27,7 +29,7 @@ def owned(name: str, uid: str, kind: str, owner: str, owner_uid: str) -> Object:
 
 
 class Api:
-    """What the progress server asks an API server: objects by name, and whose token it is (here the pod's name)."""
+    """What is asked of an API server here: objects by name, and whose token it is (that of the pod of its name)."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[Resource, str], Object] = {}
@@ -35,7 +37,13 @@ class Api:
         self.attempt("j1", "p1")
 
     def applied(self, uid: str, status: Object | None = None) -> None:
-        self.objects[JOBS, "ft"] = {"metadata": {"name": "ft", "namespace": "ns", "uid": uid}, "status": status or {"attempt": 1}}
+        self.objects[JOBS, "ft"] = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND_JOB,
+            "metadata": META | {"uid": uid},
+            "spec": SPEC,
+            "status": {"attempt": 1} if status is None else status,
+        }
 
     def attempt(self, child_uid: str, pod_uid: str) -> None:
         job_uid = self.objects[JOBS, "ft"]["metadata"]["uid"]
@@ -45,6 +53,15 @@ class Api:
     async def get(self, resource: Resource, namespace: str, name: str) -> Object:
         if (resource, name) not in self.objects:
             raise port.NotFound(404, "NotFound", name)
+        return self.objects[resource, name]
+
+    async def list(self, resource: Resource, namespace: str | None, selector: str = "") -> AsyncIterator[Object]:
+        for (kind, _), found in self.objects.items():
+            if kind is resource:
+                yield found
+
+    async def patch(self, resource: Resource, namespace: str, name: str, patch: Object, subresource: str = "") -> Object:
+        self.objects[resource, name]["status"] = patch["status"]
         return self.objects[resource, name]
 
     async def review(self, group: str, kind: str, spec: Object) -> Object:
@@ -96,3 +113,21 @@ async def test_a_pod_that_saves_after_its_job_was_deleted_is_heard(posts: Posts)
     assert await posts.post("p1", attempt=2) == 403
     posts.api.applied("u1", {"attempt": 2, "jobsStatus": [{"name": "ft-2", "uid": "j2"}]})
     assert await posts.post("p1", attempt=2) == 403
+
+
+async def test_a_pod_of_a_job_that_was_made_anew_is_refused_although_its_token_is_remembered(posts: Posts) -> None:
+    await posts.reconciler.reconcile(KEY)
+    assert await posts.post("p1", 77) == 200
+    del posts.api.objects[CHILDREN, "ft-1"]
+    posts.api.applied("u2", {})
+    job = posts.api.objects[JOBS, "ft"]
+    observed = await posts.reconciler.observe(job)
+    assert [pod["metadata"]["uid"] for pod in observed.pods] == ["p1"], "before its first attempt a job looks for older pods"
+    assert observed.progress is not None
+    assert observed.progress.job_uid == "u1"
+    await posts.reconciler.reconcile(KEY)
+    assert await posts.post("p1", 78) == 403
+    assert posts.reconciler.progress == {}
+    posts.api.attempt("j2", "p2")
+    assert await posts.post("p2", 1) == 200
+    assert posts.reconciler.progress[KEY].job_uid == "u2"
