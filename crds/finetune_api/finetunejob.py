@@ -207,6 +207,8 @@ class FineTuneJobStatus(Model):
     """Number of the current attempt; the child Job is <name>-<attempt>. Grows with every restart and resume."""
     restarts: Annotated[int, Field(ge=0)] | None = None
     """Restarts after a failure or disruption."""
+    restart_time: AwareDatetime | None = None
+    """When the next attempt begins, while the state is Restarting and the pods of the last one are gone."""
     restarts_count_towards_max: Annotated[int, Field(ge=0)] | None = None
     """Restarts that used up failurePolicy.maxRestarts."""
     trainer_status: TrainerStatus | None = None

@@ -246,6 +246,10 @@ def test_max_restarts_with_backoff_then_failed_with_the_root_cause() -> None:
     world.end("ft-1", 137, "", "OOMKilled")
     decision = world.reconcile()
     assert world.status["state"] == "Restarting"
+    assert (world.condition("Running")["reason"], world.status["restartTime"]) == (
+        "OOMKilled",
+        stamp(world.now + timedelta(seconds=10)),
+    )
     assert decision.requeue_after == 10
     world.wait(10)
     world.reconcile()
@@ -416,6 +420,56 @@ def test_deleted_child_is_replaced_while_running_but_never_after_the_end() -> No
     assert world.created == ["ft-1", "ft-2"]
 
 
+def test_jobs_that_somebody_deletes_again_and_again_are_made_ever_more_seldom() -> None:
+    world = World()
+    events = 0
+    for _ in range(3600):
+        decision = world.reconcile()
+        events += sum(isinstance(a, Event) and a.reason == "ChildDeleted" for a in decision.actions)
+        world.delete(world.created[-1])
+        world.gone()
+        world.wait(1)
+    assert 10 < len(world.created) < 20
+    assert events in (len(world.created), len(world.created) - 1)
+    assert world.status["restarts"] == len(world.created) - 1
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_restart_is_counted_once_also_when_the_operator_dies_before_it_can_say_so(crash: bool) -> None:
+    world = running()
+    world.delete("ft-1")
+    world.gone()
+    world.wait(7200)
+    world.reconcile(die_before_status=crash)
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert (world.status["attempt"], world.status["restarts"], world.status["activeSeconds"]) == (2, 1, 7200)
+
+
+@pytest.mark.parametrize("cause", ["deleted", "disrupted", "oom"])
+def test_the_time_of_an_attempt_counts_once_while_the_next_one_is_refused(cause: str) -> None:
+    world = running(trainer={"resourcesPerNode": {"limits": {"nvidia.com/gpu": 2}}})
+    world.wait(7200)
+    if cause == "deleted":
+        world.delete("ft-1")
+        world.gone()
+    elif cause == "disrupted":
+        world.end("ft-1", 143, conditions=[{"type": "DisruptionTarget", "status": "True", "reason": "x"}])
+    else:
+        world.end("ft-1", 137, "", "OOMKilled")
+    world.create_error = "exceeded quota: gpus"
+    for _ in range(5):
+        world.reconcile()
+        world.wait(60)
+    assert world.condition("Running")["reason"] == "CreateRefused"
+    assert (world.status["state"], world.status["attempt"], world.status["restarts"]) == ("Restarting", 1, 0)
+    world.create_error = None
+    world.reconcile()
+    assert (world.status["state"], world.status["attempt"], world.status["restarts"]) == ("Pending", 2, 1)
+    assert (world.status["activeSeconds"], world.status["gpuSeconds"]) == (7200, 14400)
+    assert "restartTime" not in world.status
+
+
 def test_a_foreign_job_of_the_same_name_is_reported_and_left_alone() -> None:
     world = World()
     world.children["ft-1"] = {"metadata": {"name": "ft-1", "uid": "z"}, "status": {}}
@@ -478,11 +532,13 @@ def test_one_of_two_pods_on_a_lost_node_is_enough(peer: str) -> None:
     world.wait(61)
     world.reconcile()
     assert "NodeLost" in world.condition("Running")["message"]
-    world.reconcile()
+    told = world.reconcile()
     assert world.created == (["ft-1", "ft-2"] if peer == "failed" else ["ft-1"]), "the peer is asked to end, and may be saving"
-    del world.pods["ft-1"]
-    world.reconcile()
+    if peer != "failed":
+        world.pods.clear()  # also the lost one: its Node was deleted meanwhile
+        told = world.reconcile()
     assert world.created == ["ft-1", "ft-2"]
+    assert "NodeLost" in {a.reason for a in told.actions if isinstance(a, Event)}
 
 
 def test_a_pod_whose_node_dies_before_it_ran_is_replaced() -> None:
@@ -503,7 +559,7 @@ def test_a_job_made_anew_waits_for_the_pods_of_the_one_before(end: str) -> None:
     world.pods["ft-3"] = old
     assert world.reconcile().requeue_after is not None
     assert (world.created, world.status["state"], world.status["restarts"]) == ([], "Pending", 0)
-    assert "of an earlier job of this name" in world.condition("Running")["message"]
+    assert "of an older job" in world.condition("Running")["message"]
     world.lose("ft-3")
     if end == "gone":
         world.gone()
