@@ -211,6 +211,8 @@ class FineTuneJobStatus(Model):
     """When the next attempt begins, while the state is Restarting and the pods of the last one are gone."""
     restarts_count_towards_max: Annotated[int, Field(ge=0)] | None = None
     """Restarts that used up failurePolicy.maxRestarts."""
+    disruptions_in_a_row: Annotated[int, Field(ge=0)] | None = None
+    """Disruptions since the last checkpoint of a new step. From the third on they use up failurePolicy.maxRestarts."""
     trainer_status: TrainerStatus | None = None
     """Progress as last reported."""
     evaluations: Annotated[list[Evaluation], Field(max_length=64), EachOnce("examples")] = []

@@ -294,8 +294,8 @@ class FailurePolicy(Model):
     """What happens when the training ends badly."""
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
-    """Restarts for failures of the training itself. Disruptions (drain, preemption, lost node) are not counted. Bad data and
-    other failures that a restart cannot cure are never retried."""
+    """Restarts for failures of the training itself. Disruptions (drain, preemption, lost node) are not counted before the
+    third in a row without a checkpoint of a new step. Bad data and other failures that a restart cannot cure are never retried."""
 
 
 class Placement(Model):

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 
 from finetune_api import FineTuneJob, names
 from finetune_api.defaults import with_defaults
-from finetune_api.failures import BY_REASON, FailureClass
+from finetune_api.failures import BY_REASON, DISRUPTIONS_IN_A_ROW, FailureClass
 from finetune_api.manifest import ManifestError, parse_job
 from finetune_api.names import Condition, Reason, State
 from finetune_api.report import Outcome
@@ -266,8 +266,9 @@ class _Reconcile:
             self._count_pods(child, self._pods_of(child))
         if not failure.retriable:
             return _fail(self.draft, failure.reason, over.message, self.actions)
-        if failure.counted and used >= limit:
-            spent = f"{over.message.rstrip('.')}. No restart is left (failurePolicy.maxRestarts is {limit})."
+        if self._counts(failure) and used >= limit:
+            row = "" if failure.counted else f", disruption {self._in_a_row(failure)} in a row without a checkpoint of a new step"
+            spent = f"{over.message.rstrip('.')}{row}. No restart is left (failurePolicy.maxRestarts is {limit})."
             return _fail(self.draft, failure.reason, spent, self.actions)
         if self.restart_at is None:
             self.restart_at = (over.finished or self.now) + timedelta(seconds=self._backoff(failure))
@@ -281,15 +282,25 @@ class _Reconcile:
     def _backoff(self, failure: FailureClass) -> float:
         """Seconds between the end of an attempt and the next one; disruptions restart at once the first time."""
         done = int(self.draft.new["restarts"])
-        if not failure.counted and done == 0:
+        if not self._counts(failure) and done == 0:
             return 0.0
-        exponent = done if failure.counted else done - 1
+        exponent = done if self._counts(failure) else done - 1
         return min(self.settings.restart_backoff_seconds * 2.0 ** min(exponent, 16), MAX_BACKOFF_SECONDS)
 
     def _count_restart(self, failure: FailureClass) -> None:
         self.draft.count("restarts")
-        if failure.counted:
+        if self._counts(failure):
             self.draft.count("restartsCountTowardsMax")
+        self.draft.new["disruptionsInARow"] = self._in_a_row(failure)
+
+    def _counts(self, failure: FailureClass) -> bool:
+        """Whether a restart after this uses up maxRestarts. Of a script that reports no checkpoint nobody knows whether it gets on."""
+        silent = self.job.spec.trainer.command and "checkpoint" not in self.draft.new
+        return failure.counted or (self._in_a_row(failure) >= DISRUPTIONS_IN_A_ROW and not silent)
+
+    def _in_a_row(self, failure: FailureClass) -> int:
+        """Disruptions since the last checkpoint of a new step, with this one."""
+        return 0 if failure.counted else int(self.draft.new["disruptionsInARow"]) + 1
 
     # ---------------------------------------------------------------------------------------------- suspend and stop ---
     def _wind_down(self, child: Object | None, over: Ended | None) -> Decision:

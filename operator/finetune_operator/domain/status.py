@@ -65,7 +65,15 @@ class StatusDraft:
         self.generation = generation
         self.new: Object = copy.deepcopy(old)
         self.new["observedGeneration"] = generation
-        for name in ("activeSeconds", "gpuSeconds", "attempt", "restarts", "restartsCountTowardsMax", "lostWorkSeconds"):
+        for name in (
+            "activeSeconds",
+            "gpuSeconds",
+            "attempt",
+            "restarts",
+            "restartsCountTowardsMax",
+            "lostWorkSeconds",
+            "disruptionsInARow",
+        ):
             self.new.setdefault(name, 0)
         resumed = (find_condition(old, Condition.SUSPENDED) or {}).get("reason") == Reason.RESUMED
         self._conditions: dict[str, tuple[str, str, str]] = {
@@ -127,6 +135,8 @@ class StatusDraft:
         if evaluations:
             self.new["evaluations"] = merge_evaluations(self.new.get("evaluations") or [], [_json(e) for e in evaluations])
         if checkpoint and checkpoint.time >= (parse_time((self.new.get("checkpoint") or {}).get("time")) or checkpoint.time):
+            if checkpoint.step > (self.new.get("checkpoint") or {"step": -1})["step"]:
+                self.new["disruptionsInARow"] = 0
             self.new["checkpoint"] = _checkpoint(checkpoint)
         if resumed_from:
             self.new["resumedFrom"] = _checkpoint(resumed_from)

@@ -272,6 +272,70 @@ def test_a_disruption_restarts_at_once_and_is_not_counted() -> None:
     assert (world.status["restarts"], world.status["restartsCountTowardsMax"]) == (1, 0)
 
 
+def disrupt(world: World, step: int | None = None) -> None:
+    """The newest attempt runs and is preempted, after it has saved this step; then all is done that follows."""
+    name = world.created[-1]
+    world.run(name)
+    world.reconcile()
+    world.wait(600)
+    saved = {"step": step, "uri": f"s3://c/{step}", "time": stamp(world.now), "sizeBytes": 1}
+    report = {"outcome": "Interrupted", "reason": "Interrupted", "message": "m"} | ({"checkpoint": saved} if step else {})
+    preempted = {"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}]}
+    world.end(name, 20, json.dumps(report), **preempted)
+    world.reconcile()
+    world.wait(300)
+    world.reconcile()
+
+
+def counters(world: World) -> tuple[int, int, int]:
+    return tuple(world.status[name] for name in ("restarts", "restartsCountTowardsMax", "disruptionsInARow"))  # type: ignore[return-value]
+
+
+def test_the_third_disruption_in_a_row_without_a_new_step_counts() -> None:
+    world = World(failurePolicy={"maxRestarts": 1})
+    world.reconcile()
+    disrupt(world, 5)
+    disrupt(world, 5)  # saved again, but nothing new
+    assert counters(world) == (2, 0, 2)
+    disrupt(world, 6)
+    assert counters(world) == (3, 0, 1)
+    disrupt(world)
+    disrupt(world)
+    assert counters(world) == (5, 1, 3)
+    disrupt(world, 7)
+    assert counters(world) == (6, 1, 1), "it gets on again"
+    disrupt(world)
+    disrupt(world)
+    assert world.condition("Failed")["reason"] == "Disrupted"
+    assert "disruption 3 in a row without a checkpoint of a new step" in world.condition("Failed")["message"]
+
+
+def test_another_failure_ends_the_row() -> None:
+    world = World()
+    world.reconcile()
+    disrupt(world)
+    disrupt(world)
+    world.run(world.created[-1])
+    world.end(world.created[-1], 137, "", "OOMKilled")
+    world.reconcile()
+    world.wait(300)
+    world.reconcile()
+    disrupt(world)
+    assert counters(world) == (4, 1, 1)
+
+
+def test_a_script_that_reports_no_checkpoint_may_be_disrupted_as_often_as_it_likes() -> None:
+    world = World(trainer={"command": ["python", "train.py"]}, failurePolicy={"maxRestarts": 0})
+    world.reconcile()
+    for _ in range(5):
+        disrupt(world)
+    assert counters(world) == (5, 0, 5)
+    disrupt(world, 5)
+    disrupt(world)
+    disrupt(world)
+    assert world.condition("Failed")["reason"] == "Disrupted"
+
+
 @pytest.mark.parametrize(
     ("pod", "job_message", "expected"),
     [
@@ -421,7 +485,7 @@ def test_deleted_child_is_replaced_while_running_but_never_after_the_end() -> No
 
 
 def test_jobs_that_somebody_deletes_again_and_again_are_made_ever_more_seldom() -> None:
-    world = World()
+    world = World(failurePolicy={"maxRestarts": 1000})
     events = 0
     for _ in range(3600):
         decision = world.reconcile()
