@@ -170,7 +170,7 @@ def _container(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
         "image": trainer.image or settings.trainer_image,
         "command": trainer.command or _trainer_command(job),
         **({"args": trainer.args} if trainer.args else {}),
-        "env": [*_dump(trainer.env), *_env(job, attempt, settings)],
+        "env": _env(job, attempt, settings),
         "envFrom": _dump(trainer.env_from),
         "resources": trainer.resources_per_node.model_dump(mode="json", by_alias=True),
         "terminationMessagePath": names.TERMINATION_LOG,
@@ -251,7 +251,10 @@ def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
     env: list[Object] = [{"name": k, "value": v} for k, v in values.items()]
     env += _torchrun(job, attempt)
     env.append({"name": names.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
-    return env
+    # The user cannot name what the trainer relies on (RESERVED_ENV_PREFIXES). Where ours is a mere default, theirs wins.
+    theirs = _dump(job.spec.trainer.env)
+    named = {variable["name"] for variable in theirs}
+    return [*theirs, *(variable for variable in env if variable["name"] not in named)]
 
 
 def _volumes() -> list[Object]:
