@@ -678,12 +678,9 @@ def test_evaluations_are_write_once_and_bounded() -> None:
     assert merge_evaluations(old, [{"examples": 3, "step": 99, "metrics": []}])[3]["step"] == 3
 
 
-EVENTS = st.lists(
-    st.sampled_from(
-        ["run", "ok", "oom", "disrupt", "data", "suspend", "resume", "delete-child", "lose", "gone", "wait", "crash"]
-    ),
-    max_size=25,
-)
+LIFE = ["run", "ok", "oom", "disrupt", "data", "suspend", "resume"]
+FAULTS = ["delete-child", "lose", "gone", "refuse", "allow", "wait", "crash"]
+EVENTS = st.lists(st.sampled_from(LIFE + FAULTS), max_size=25)
 
 
 @settings(max_examples=300, deadline=None)
@@ -717,6 +714,8 @@ def test_any_story_keeps_the_invariants(events: list[str]) -> None:
             world.lose(name)
         elif event == "gone":
             world.gone()
+        elif event in ("refuse", "allow"):
+            world.create_error = "exceeded quota" if event == "refuse" else None
         elif event == "wait":
             world.wait(20)
         world.reconcile(die_before_status=event == "crash")
@@ -726,11 +725,12 @@ def test_any_story_keeps_the_invariants(events: list[str]) -> None:
         elif is_finished(status):
             terminal = status
         assert (status.get("attempt") or 0) >= last_attempt
+        assert status.get("activeSeconds", 0) <= (world.now - T0).total_seconds(), "time was counted twice"
         last_attempt = status.get("attempt") or 0
     # A child that is deleted before its attempt was recorded is created again under its name; none is skipped.
     distinct = list(dict.fromkeys(world.created))
     assert distinct == [f"ft-{n}" for n in range(1, len(distinct) + 1)]
-    world.job["spec"]["suspend"] = False
+    world.job["spec"]["suspend"], world.create_error = False, None
     for _ in range(20):
         world.wait(60)
         world.reconcile()
