@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune_api.crd import Schema, crd, schema
-from finetune_api.failures import FAILURES
+from finetune_api.failures import DISRUPTIONS_IN_A_ROW, FAILURES
 from finetune_api.finetunejob import ALWAYS_MUTABLE, MUTABLE_WHILE_SUSPENDED
 from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
 from finetune_api.placement import Placement
@@ -50,6 +50,9 @@ def failures_page() -> str:
         "# Why a job failed\n",
         "The reason of the condition `Failed` is one of these classes; its message says what to change. A restart continues from",
         "the newest durable checkpoint. Only counted restarts use up `failurePolicy.maxRestarts`.\n",
+        "Those that are restarted and not counted are disruptions: the cluster ended the pod, not the training. From number",
+        f"{DISRUPTIONS_IN_A_ROW} in a row on, without a checkpoint of a new step in between (`status.disruptionsInARow`), they are counted",
+        "too. A script of yours that reports no checkpoint is excepted: how far it is cannot be told.\n",
         "| Reason | Meaning | Restarted | Counted | Exit code |",
         "|---|---|---|---|---|",
     ]

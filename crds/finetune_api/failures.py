@@ -7,13 +7,18 @@ podFailurePolicy is generated from the same table.
 
 from dataclasses import dataclass
 
+DISRUPTIONS_IN_A_ROW = 3
+"""From so many on, a disruption counts like a failure of the training: a job that the cluster ends each time before it has saved
+anything new does not go on for ever."""
+
 
 @dataclass(frozen=True)
 class FailureClass:
     """One row.
 
     reason: CamelCase, the reason of the condition. exit_code: what the trainer exits with, None where the kubelet or the
-    operator sees it first. retriable: whether a new attempt can help. counted: whether the restart uses up maxRestarts.
+    operator sees it first. retriable: whether a new attempt can help. counted: whether the restart uses up maxRestarts; a retriable
+    class that is not counted is a disruption.
     """
 
     reason: str

@@ -160,6 +160,8 @@ class ChildStatus(Model):
 
     name: Annotated[str, StringConstraints(max_length=63)]
     """Name of the Job."""
+    uid: Annotated[str, StringConstraints(max_length=64)] | None = None
+    """Its uid: the pods that it made are the attempt's, also when the Job is gone and they still save."""
     ready: int = 0
     """Pods that are ready."""
     active: int = 0
@@ -205,8 +207,12 @@ class FineTuneJobStatus(Model):
     """Number of the current attempt; the child Job is <name>-<attempt>. Grows with every restart and resume."""
     restarts: Annotated[int, Field(ge=0)] | None = None
     """Restarts after a failure or disruption."""
+    restart_time: AwareDatetime | None = None
+    """When the next attempt begins, while the state is Restarting and the pods of the last one are gone."""
     restarts_count_towards_max: Annotated[int, Field(ge=0)] | None = None
     """Restarts that used up failurePolicy.maxRestarts."""
+    disruptions_in_a_row: Annotated[int, Field(ge=0)] | None = None
+    """Disruptions since the last checkpoint of a new step. From the third on they use up failurePolicy.maxRestarts."""
     trainer_status: TrainerStatus | None = None
     """Progress as last reported."""
     evaluations: Annotated[list[Evaluation], Field(max_length=64), EachOnce("examples")] = []

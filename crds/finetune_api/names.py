@@ -97,12 +97,11 @@ class Condition(StrEnum):
 
 
 class Reason(StrEnum):
-    """Condition reasons that are not failure classes (those are in `failures.FAILURES`)."""
+    """Condition reasons that are not failure classes (those are in `failures.FAILURES`, and say also why Running waits for a restart)."""
 
     ATTEMPT_CREATED = "AttemptCreated"
     WAITING_FOR_PODS = "WaitingForPods"
     WAITING_FOR_QUEUE = "WaitingForQueue"
-    WAITING_FOR_RESTART = "WaitingForRestart"
     PODS_RUNNING = "PodsRunning"
     PROGRESS_REPORTED = "ProgressReported"
     NO_PROGRESS_YET = "NoProgressYet"

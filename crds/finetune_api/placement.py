@@ -265,7 +265,8 @@ class TrainerPlacement(Model):
     args: Annotated[list[Argument], Field(max_length=256)] = []
     """Arguments of command."""
     env: Annotated[list[EnvVar], Field(max_length=128), EachOnce("name")] = []
-    """Environment variables, for example AWS_ENDPOINT_URL."""
+    """Environment variables, for example AWS_ENDPOINT_URL. HOME, HF_HOME and others that the pod has by default may be among them;
+    FINETUNE_*, KUBEFLOW_TRAINER_* and PET_* may not."""
     env_from: Annotated[list[EnvFromSource], Field(max_length=32)] = []
     """Secrets and ConfigMaps whose keys become environment variables. Credentials belong here, never into the manifest."""
     num_nodes: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -294,8 +295,8 @@ class FailurePolicy(Model):
     """What happens when the training ends badly."""
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
-    """Restarts for failures of the training itself. Disruptions (drain, preemption, lost node) are not counted. Bad data and
-    other failures that a restart cannot cure are never retried."""
+    """Restarts for failures of the training itself. Disruptions (drain, preemption, lost node) are not counted before the
+    third in a row without a checkpoint of a new step. Bad data and other failures that a restart cannot cure are never retried."""
 
 
 class Placement(Model):

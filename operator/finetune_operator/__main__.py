@@ -1,11 +1,18 @@
 """`python -m finetune_operator`: runs the operator. Exit 0 after SIGTERM, 1 when it cannot work or a part died, 2 for wrong flags."""
 
+import signal
+import sys
+
+if __name__ == "__main__":
+    # The imports take seconds on a busy node, and process 1 of a container does not hear a signal that it does not handle.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+
 import argparse
 import asyncio
 import logging
 import os
 import socket
-import sys
 from pathlib import Path
 
 from pydantic import ValidationError

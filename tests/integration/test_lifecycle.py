@@ -81,7 +81,9 @@ def test_from_apply_to_complete(jobs: Jobs) -> None:
         "Failed": "False",
     }
     assert status["startTime"] <= status["completionTime"]
-    assert status["jobsStatus"][0] == {"name": "succeeds-1", "ready": 0, "active": 0, "succeeded": 1, "failed": 0, "suspended": 0}
+    uid = jobs.get("succeeds-1", "job")["metadata"]["uid"]
+    counts = {"ready": 0, "active": 0, "succeeded": 1, "failed": 0, "suspended": 0}
+    assert status["jobsStatus"] == [{"name": "succeeds-1", "uid": uid, **counts}]
     jobs.cluster.kubectl("-n", jobs.namespace, "wait", "--for=condition=Complete", "ftj/succeeds", "--timeout=1s")
     columns = jobs.cluster.kubectl("-n", jobs.namespace, "get", "ftj", "succeeds").stdout
     assert "Complete" in columns

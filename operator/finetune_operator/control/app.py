@@ -4,9 +4,10 @@ import asyncio
 import logging
 import signal
 import uuid
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 import kopf
@@ -27,6 +28,8 @@ from finetune_operator.kube.lease import Alone, Elector, Leadership
 from finetune_operator.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STOP_SECONDS = 3.0
 
@@ -59,6 +62,8 @@ class Options:
 
 async def run(options: Options) -> None:
     """Until SIGTERM or SIGINT. Raises preflight.NotReady, lease.LeaseLost, or whatever a part died of."""
+    stop = asyncio.Event()
+    _take_signals(stop)
     metrics = Metrics()
     try:
         configuration = await load_configuration(options.kubeconfig)
@@ -75,7 +80,10 @@ async def run(options: Options) -> None:
     metrics.leader.set_function(lambda: float(leadership.remaining() > 0))
     try:
         host = str(urlparse(options.progress_url).hostname)
-        identity = await _prepare(options, unfenced, host)
+        # An API server that does not answer must not keep a process that was asked to end.
+        identity = await _unless_stopped(stop, _prepare(options, unfenced, host))
+        if identity is None:
+            return
         settings = Settings(
             trainer_image=options.trainer_image,
             progress_url=options.progress_url,
@@ -87,7 +95,6 @@ async def run(options: Options) -> None:
         queue: WorkQueue[Key] = WorkQueue(metrics)
         reconciler = Reconciler(cluster, settings, queue, metrics)
         listed = asyncio.Event()
-        stop = asyncio.Event()
         forwarder = Forwarder(leadership, identity.ca, host, metrics)
         progress = ProgressServer(cluster, reconciler, queue, metrics).app(forwarder.middleware)
         progress.cleanup_ctx.extend((forwarder.session, identity.kept(stop)))
@@ -151,9 +158,9 @@ async def _until_stopped(
     stop: asyncio.Event,
 ) -> None:
     """A standby first, then the leader; never a standby again: who loses the lease ends."""
-    _take_signals(stop)
     try:
-        if await _elected(leadership, stop):
+        await _unless_stopped(stop, leadership.acquire())
+        if not stop.is_set():
             log.info("ready: watching %s with %d workers", ", ".join(options.namespaces) or "all namespaces", options.workers)
             await _lead(options, queue, reconciler, configuration, listed, leadership, stop)
     finally:
@@ -161,16 +168,14 @@ async def _until_stopped(
     log.info("stopped")
 
 
-async def _elected(leadership: Leadership, stop: asyncio.Event) -> bool:
-    """False when the end comes first."""
-    acquiring, stopping = asyncio.create_task(leadership.acquire()), asyncio.create_task(stop.wait())
-    await asyncio.wait({acquiring, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (acquiring, stopping):
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """What the work gives, or raises; None when the end comes first."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (working, stopping):
         task.cancel()
-    await asyncio.gather(acquiring, stopping, return_exceptions=True)
-    if not acquiring.cancelled():
-        acquiring.result()  # raises what it died of
-    return not stop.is_set()
+    await asyncio.gather(working, stopping, return_exceptions=True)
+    return None if working.cancelled() else working.result()
 
 
 async def _lead(

@@ -1,7 +1,8 @@
 """The progress server: trainers POST how far they are, in Kubeflow Trainer's wire protocol, over TLS.
 
 Who posts is proven by the pod's projected token (its own audience, bound to the pod): TokenReview names the pod, the pod's owner names
-the Job, the Job's owner names the resource, and its status names the attempt. Only the pod of the current attempt is heard.
+the Job, the Job's owner names the resource, and its status names the attempt. Only the pod of the current attempt is heard. A Job that
+was deleted to suspend or stop has pods that still save: the status has its uid, and what they report then is the newest checkpoint.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from finetune_api.report import MAX_PROGRESS_BYTES, ProgressReport
 from finetune_operator.control.queue import WorkQueue
 from finetune_operator.control.worker import Key, Reconciler
 from finetune_operator.domain.child import child_name, owned_by
-from finetune_operator.domain.types import Progress
+from finetune_operator.domain.status import recorded_uid
+from finetune_operator.domain.types import Object, Progress
 from finetune_operator.kube import port
 from finetune_operator.kube.port import CHILDREN, JOBS, PODS, Cluster
 from finetune_operator.observe.metrics import Metrics
@@ -46,7 +48,7 @@ class Denied(Exception):  # noqa: N818
 
 @dataclass
 class _Trusted:
-    pod_uid: str
+    job_uid: str
     until: float
     allowance: float = BURST
     seen: float = 0.0
@@ -92,9 +94,9 @@ class ProgressServer:
         self._limit(trusted)
         report = _parse(await request.read())
         before = self.reconciler.progress.get(key)
-        if before and before.attempt > number:
+        if before and before.job_uid == trusted.job_uid and before.attempt > number:
             raise Denied(409, f"attempt {number} is over")
-        self.reconciler.progress[key] = Progress(report, datetime.now(UTC), number, trusted.pod_uid)
+        self.reconciler.progress[key] = Progress(report, datetime.now(UTC), number, trusted.job_uid)
         self.queue.add_after(key, 0.2)
 
     async def _verify(self, request: web.Request, key: Key, attempt: int) -> _Trusted:
@@ -104,9 +106,9 @@ class ProgressServer:
         proof = hashlib.sha256(f"{token}\0{key}\0{attempt}".encode()).hexdigest()
         now = time.monotonic()
         known = self._trusted.get(proof)
-        if known is None or known.until < now:
-            pod_uid = await self._ask(token, key, attempt)
-            known = _Trusted(pod_uid, now + TRUST_SECONDS, *((known.allowance, known.seen) if known else ()))
+        if known is None or known.until < now or known.job_uid != (self.reconciler.uid(key) or known.job_uid):
+            job_uid = await self._ask(token, key, attempt)
+            known = _Trusted(job_uid, now + TRUST_SECONDS, *((known.allowance, known.seen) if known else ()))
             self._trusted[proof] = known
             self._trusted.move_to_end(proof)
             while len(self._trusted) > CACHE_SIZE:
@@ -114,7 +116,7 @@ class ProgressServer:
         return known
 
     async def _ask(self, token: str, key: Key, attempt: int) -> str:
-        """The uid of the pod that holds this token, if it is the pod of this attempt. Raises Denied."""
+        """The uid of the resource, if a pod of this attempt of it holds the token. Raises Denied."""
         review = await self.cluster.review(
             "authentication.k8s.io", "TokenReview", {"token": token, "audiences": [names.PROGRESS_AUDIENCE]}
         )
@@ -130,17 +132,25 @@ class ProgressServer:
             raise Denied(403, "the token is of another namespace")
         try:
             job = await self.cluster.get(JOBS, *key)
-            child = await self.cluster.get(CHILDREN, key[0], child_name(key[1], attempt))
+            child_uid = await self._child_uid(job, child_name(key[1], attempt))
             pod = await self.cluster.get(PODS, key[0], pod_name)
         except port.NotFound as error:
-            raise Denied(403, "there is no such job, attempt or pod") from error
-        ours = owned_by(child, job["metadata"]["uid"]) and owned_by(pod, child["metadata"]["uid"])
-        if not ours or pod["metadata"]["uid"] != pod_uid:
+            raise Denied(403, "there is no such job or pod") from error
+        if not child_uid or not owned_by(pod, child_uid) or pod["metadata"]["uid"] != pod_uid:
             raise Denied(403, "the token is not of this attempt's pod")
         current = int((job.get("status") or {}).get("attempt") or 0)
         if attempt < current:
             raise Denied(409, f"attempt {attempt} is over; the current one is {current}")
-        return pod_uid
+        return str(job["metadata"]["uid"])
+
+    async def _child_uid(self, job: Object, name: str) -> str | None:
+        """Of the job's Job of this name; of one that is gone, as noted when it was there."""
+        try:
+            child = await self.cluster.get(CHILDREN, job["metadata"]["namespace"], name)
+        except port.NotFound:
+            return recorded_uid(job.get("status") or {}, name)
+        uid: str = child["metadata"]["uid"]
+        return uid if owned_by(child, job["metadata"]["uid"]) else None
 
     def _limit(self, trusted: _Trusted) -> None:
         now = time.monotonic()

@@ -96,6 +96,10 @@ class Reconciler:
         """Everything that is remembered."""
         return {*self._uids}
 
+    def uid(self, key: Key) -> str | None:
+        """Of the resource, as last read."""
+        return self._uids.get(key)
+
     def forget(self, key: Key) -> None:
         """The resource is gone."""
         self.progress.pop(key, None)
@@ -115,9 +119,8 @@ class Reconciler:
         child = await self._child(namespace, child_name(name, attempt)) if attempt else None
         over = child is None or true_condition(child, "Complete") or true_condition(child, "Failed")
         following = await self._child(namespace, child_name(name, attempt + 1)) if over else None
-        pods: tuple[Object, ...] = ()
-        if attempt or following:
-            pods = tuple([pod async for pod in self.cluster.list(PODS, namespace, f"{names.LABEL_JOB}={name}")])
+        # Before the first attempt too: a job of the same name that was deleted may have pods that still save.
+        pods = tuple([pod async for pod in self.cluster.list(PODS, namespace, f"{names.LABEL_JOB}={name}")])
         return Observed(job=job, child=child, next_child=following, pods=pods, progress=self.progress.get((namespace, name)))
 
     async def _child(self, namespace: str, name: str) -> Object | None:

@@ -27,6 +27,14 @@ def owned_by(child: Object, job_uid: str) -> bool:
     return any(r.get("controller") and r.get("uid") == job_uid for r in refs)
 
 
+def is_trainers(pod: Object, job_name: str) -> bool:
+    """Whether the pod is of one of the job's attempts, be its Job deleted or of an earlier resource of that name. Labels do not count:
+    anybody may set them, while a pod whose controller was never there is removed by the garbage collector."""
+    refs = pod["metadata"].get("ownerReferences") or []
+    kinds = [str(r.get("name")).rpartition("-") for r in refs if r.get("controller") and r.get("kind") == "Job"]
+    return any(name == job_name and attempt.isdigit() for name, _, attempt in kinds)
+
+
 def gpus_per_pod(job: FineTuneJob) -> int:
     """GPUs that one pod asks for, of any vendor (nvidia.com/gpu, amd.com/gpu, ...)."""
     resources = job.spec.trainer.resources_per_node
@@ -162,7 +170,7 @@ def _container(job: FineTuneJob, attempt: int, settings: Settings) -> Object:
         "image": trainer.image or settings.trainer_image,
         "command": trainer.command or _trainer_command(job),
         **({"args": trainer.args} if trainer.args else {}),
-        "env": [*_dump(trainer.env), *_env(job, attempt, settings)],
+        "env": _env(job, attempt, settings),
         "envFrom": _dump(trainer.env_from),
         "resources": trainer.resources_per_node.model_dump(mode="json", by_alias=True),
         "terminationMessagePath": names.TERMINATION_LOG,
@@ -243,7 +251,10 @@ def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
     env: list[Object] = [{"name": k, "value": v} for k, v in values.items()]
     env += _torchrun(job, attempt)
     env.append({"name": names.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
-    return env
+    # The user cannot name what the trainer relies on (RESERVED_ENV_PREFIXES). Where ours is a mere default, theirs wins.
+    theirs = _dump(job.spec.trainer.env)
+    named = {variable["name"] for variable in theirs}
+    return [*theirs, *(variable for variable in env if variable["name"] not in named)]
 
 
 def _volumes() -> list[Object]:

@@ -8,23 +8,29 @@ crash at any line, and come to the same end. Three invariants:
 - `status.attempt` never falls; attempt N+1 that exists without being in the status (the operator died in between) is taken over.
 """
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from finetune_api import FineTuneJob, names
 from finetune_api.defaults import with_defaults
+from finetune_api.failures import BY_REASON, DISRUPTIONS_IN_A_ROW, FailureClass
 from finetune_api.manifest import ManifestError, parse_job
 from finetune_api.names import Condition, Reason, State
 from finetune_api.report import Outcome
-from finetune_operator.domain.child import build_child, build_service, gpus_per_pod, owned_by
+from finetune_operator.domain.child import build_child, build_service, child_name, gpus_per_pod, is_trainers, owned_by
 from finetune_operator.domain.outcome import Ended, end_report, ended, parse_time
-from finetune_operator.domain.status import StatusDraft, is_finished, is_true, stamp
-from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Settings
+from finetune_operator.domain.status import StatusDraft, find_condition, is_finished, is_true, recorded_uid, stamp
+from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Progress, Settings
 
 MAX_BACKOFF_SECONDS = 300.0
 WAIT_FOR_PODS_SECONDS = 5.0
 WAIT_FOR_CONFLICT_SECONDS = 30.0
 LOST_NODE_SECONDS = 60.0
 """A pod that is still there so long after its grace period is on a node that does not answer."""
+
+_RESTARTING = "Restarting from the newest checkpoint."
+_NODE_LOST = Ended(BY_REASON["NodeLost"], "The pod's node does not answer.")
+_CHILD_DELETED = Ended(BY_REASON["ChildDeleted"], "The attempt's Job was deleted.")
 
 
 def decide(observed: Observed, now: datetime, settings: Settings) -> Decision:
@@ -67,6 +73,8 @@ class _Reconcile:
         self.now = now
         self.settings = settings
         self.draft = draft
+        self.restart_at = parse_time(draft.new.pop("restartTime", None))
+        """When the current attempt is followed by the next one; None where it is not over, or its time has not been counted yet."""
         self.actions: list[Action] = []
 
     def decide(self) -> Decision:
@@ -74,13 +82,10 @@ class _Reconcile:
         for child in (self.observed.child, self.observed.next_child):
             if child is not None and not owned_by(child, uid):
                 return self._name_conflict(child)
+        self._hear(self.observed.child)
         child = self._take_over()
-        self.draft.merge_progress(self.observed.progress)
-        pods = self._pods_of(child)
-        for pod in pods:
-            if report := end_report(pod):
-                self.draft.merge_facts(report.evaluations, report.checkpoint, report.resumed_from)
-        over = ended(child, pods) if child is not None else None
+        pods = self._hear(child)
+        over = self._ended(child)
         if over and over.failure is None:
             return self._complete(over)
         # A suspension that has begun is finished even if the flag flips back: its pods are being ended already.
@@ -92,6 +97,20 @@ class _Reconcile:
             return self._start()
         return self._follow(child, pods)
 
+    def _hear(self, child: Object | None) -> tuple[Object, ...]:
+        """Takes over what the trainers of the current attempt report, the ended ones too; its pods."""
+        self.draft.merge_progress(self._progress())
+        pods = self._pods_of(child)
+        for pod in pods:
+            if report := end_report(pod):
+                self.draft.merge_facts(report.evaluations, report.checkpoint, report.resumed_from)
+        return pods
+
+    def _progress(self) -> Progress | None:
+        """The newest report, if it is of the current attempt."""
+        mine, found = (self.job.metadata["uid"], self.draft.new["attempt"]), self.observed.progress
+        return found if found and (found.job_uid, found.attempt) == mine else None
+
     # ------------------------------------------------------------------------------------------------------ start ------
     def _take_over(self) -> Object | None:
         """The current attempt's Job; the one after it if that exists already."""
@@ -99,30 +118,31 @@ class _Reconcile:
         if after is None:
             return child
         if self.draft.new["attempt"]:
-            over = ended(child, self._pods_of(child)) if child else None
-            if self.draft.old.get("state") != State.RESTARTING:
+            over = self._ended(child)
+            if self.restart_at is None:
                 self._leave(over)
             if over and over.failure:
-                self._count_restart(over)
+                self._count_restart(over.failure)
+        self.restart_at = None
         self.draft.count("attempt")
         return after
 
     def _start(self) -> Decision:
-        """No child: begin, resume, or replace one that somebody deleted."""
+        """Begin, or resume."""
         if self._alive():
-            return self._wait_for_pods(State.RESTARTING)
-        if self.draft.new["attempt"] and not is_true(self.draft.old, Condition.SUSPENDED):
-            self._leave(None)
-            self.draft.count("restarts")
-            self.actions.append(Event("Warning", "ChildDeleted", "The attempt's Job was deleted; starting the next attempt."))
+            older = "Waiting until the pods of an older job or attempt of this name are gone."
+            return self._wait_for_pods(State.PENDING, Reason.WAITING_FOR_PODS, older)
         return self._create()
 
-    def _create(self) -> Decision:
+    def _create(self, failure: FailureClass | None = None) -> Decision:
+        """The next attempt; it is a restart after this failure."""
         attempt = self.draft.new["attempt"] + 1
         manifest = build_child(self.job, attempt, self.settings)
         name = manifest["metadata"]["name"]
         if refused := self.observed.create_error:
             return self._refused(name, refused)
+        if failure:
+            self._count_restart(failure)
         self.draft.new["attempt"] = attempt
         self.draft.state(State.PENDING)
         self.draft.set(Condition.RUNNING, False, Reason.ATTEMPT_CREATED, f"Job {name} is created.")
@@ -134,27 +154,32 @@ class _Reconcile:
         return Decision(self.draft.done(), tuple(self.actions))
 
     def _refused(self, name: str, said: str) -> Decision:
+        # Not final: a quota may be raised, a namespace's policy changed. A restart is counted when its Job is created.
         message = f"The API server refused Job {name}: {said}"
-        # Not final: a quota may be raised, a namespace's policy changed. The counters stay as they are until it is created.
-        draft = StatusDraft(self.draft.old, self.draft.generation, self.now)
-        draft.state(State.RESTARTING if draft.old.get("state") == State.RESTARTING else State.PENDING)
-        draft.set(Condition.RUNNING, False, Reason.CREATE_REFUSED, message)
-        if is_true(draft.old, Condition.SUSPENDED):
-            draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED)
-        return Decision(draft.done(), (Event("Warning", str(Reason.CREATE_REFUSED), message),), WAIT_FOR_CONFLICT_SECONDS)
+        self._blocked(Reason.CREATE_REFUSED, message)
+        if is_true(self.draft.old, Condition.SUSPENDED):
+            self.draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED)
+        event = Event("Warning", str(Reason.CREATE_REFUSED), message)
+        return Decision(self.draft.done(), (event,), WAIT_FOR_CONFLICT_SECONDS)
+
+    def _blocked(self, reason: str, message: str) -> None:
+        """The next attempt cannot begin; when it was due is kept, with what was counted."""
+        if self.restart_at:
+            self.draft.new["restartTime"] = stamp(self.restart_at)
+        self.draft.state(State.RESTARTING if self.restart_at else State.PENDING)
+        self.draft.set(Condition.RUNNING, False, reason, message)
 
     def _name_conflict(self, child: Object) -> Decision:
         name = child["metadata"]["name"]
         message = f"A Job named {name} exists that this resource does not own: delete that Job or use another name."
-        self.draft.state(State.PENDING)
-        self.draft.set(Condition.RUNNING, False, Reason.NAME_CONFLICT, message)
+        self._blocked(Reason.NAME_CONFLICT, message)
         event = Event("Warning", str(Reason.NAME_CONFLICT), message)
         return Decision(self.draft.done(), (event,), WAIT_FOR_CONFLICT_SECONDS)
 
     # ------------------------------------------------------------------------------------------------------- run -------
     def _follow(self, child: Object, pods: tuple[Object, ...]) -> Decision:
         """The child runs or waits: say what happens."""
-        if self._lost_node(pods):
+        if any(self._lost(pod) for pod in pods):
             return self._replace_lost(child)
         self._count_pods(child, pods)
         phases = [p.get("status", {}).get("phase") for p in pods]
@@ -168,8 +193,7 @@ class _Reconcile:
             self.draft.state(State.RUNNING)
             self.draft.set(Condition.RUNNING, True, Reason.PODS_RUNNING, "All pods of the trainer are running.")
             self.draft.new.setdefault("startTime", stamp(self.now))
-            reported = self.observed.progress and self.observed.progress.attempt == self.draft.new["attempt"]
-            if reported or (is_true(self.draft.old, Condition.PROGRESSING)):
+            if self._progress() or is_true(self.draft.old, Condition.PROGRESSING):
                 self.draft.set(Condition.PROGRESSING, True, Reason.PROGRESS_REPORTED, "The trainer reports progress.")
             else:
                 self.draft.set(Condition.PROGRESSING, None, Reason.NO_PROGRESS_YET)
@@ -179,12 +203,15 @@ class _Reconcile:
             self.draft.set(Condition.RUNNING, False, reason, message)
         if is_true(self.draft.old, Condition.SUSPENDED):
             self.draft.set(Condition.SUSPENDED, False, Reason.RESUMED)
-        return Decision(self.draft.done(), tuple(self.actions))
+        # That a pod is still there on a node that does not answer is no event.
+        ends = [(end - self.now).total_seconds() + 1 for pod in pods if not _over(pod) and (end := _lost_after(pod))]
+        return Decision(self.draft.done(), tuple(self.actions), min(ends, default=None))
 
     def _count_pods(self, child: Object, pods: tuple[Object, ...]) -> None:
         phases = [p.get("status", {}).get("phase") for p in pods]
         counted = {
             "name": child["metadata"]["name"],
+            "uid": child["metadata"]["uid"],
             "ready": phases.count("Running"),
             "active": phases.count("Running") + phases.count("Pending"),
             "succeeded": phases.count("Succeeded"),
@@ -229,8 +256,9 @@ class _Reconcile:
         failure = over.failure
         if failure is None:
             raise ValueError("an attempt that ended well is no failure")
-        waiting = self.draft.old.get("state") == State.RESTARTING
-        if not waiting:
+        if not over.finished and self._alive():
+            return self._wait_for_pods(State.RESTARTING, failure.reason, f"{failure.reason}: {over.message}")
+        if self.restart_at is None:
             self._leave(over)
         limit = self.job.spec.failure_policy.max_restarts
         used = int(self.draft.new["restartsCountTowardsMax"])
@@ -238,34 +266,41 @@ class _Reconcile:
             self._count_pods(child, self._pods_of(child))
         if not failure.retriable:
             return _fail(self.draft, failure.reason, over.message, self.actions)
-        if failure.counted and used >= limit:
-            spent = f"{over.message.rstrip('.')}. No restart is left (failurePolicy.maxRestarts is {limit})."
+        if self._counts(failure) and used >= limit:
+            row = "" if failure.counted else f", disruption {self._in_a_row(failure)} in a row without a checkpoint of a new step"
+            spent = f"{over.message.rstrip('.')}{row}. No restart is left (failurePolicy.maxRestarts is {limit})."
             return _fail(self.draft, failure.reason, spent, self.actions)
-        wait = self._backoff(over)
+        if self.restart_at is None:
+            self.restart_at = (over.finished or self.now) + timedelta(seconds=self._backoff(failure))
+            self.actions.append(Event("Warning", failure.reason, over.message))
+        wait = (self.restart_at - self.now).total_seconds()
         if wait > 0 or self._alive():
-            self.draft.state(State.RESTARTING)
-            message = f"{failure.reason}: {over.message} Restarting from the newest checkpoint."
-            self.draft.set(Condition.RUNNING, False, Reason.WAITING_FOR_RESTART, message)
-            if not waiting:
-                self.actions.append(Event("Warning", failure.reason, over.message))
+            self._blocked(failure.reason, f"{failure.reason}: {over.message} {_RESTARTING}")
             return Decision(self.draft.done(), tuple(self.actions), max(wait, 1.0))
-        self._count_restart(over)
-        return self._create()
+        return self._create(failure)
 
-    def _backoff(self, over: Ended) -> float:
-        """Seconds still to wait before the next attempt; disruptions restart at once the first time."""
+    def _backoff(self, failure: FailureClass) -> float:
+        """Seconds between the end of an attempt and the next one; disruptions restart at once the first time."""
         done = int(self.draft.new["restarts"])
-        counted = over.failure is not None and over.failure.counted
-        exponent = done if counted else done - 1
-        delay = min(self.settings.restart_backoff_seconds * 2.0 ** min(exponent, 16), MAX_BACKOFF_SECONDS)
-        if not counted and done == 0:
-            delay = 0.0
-        return delay - (self.now - (over.finished or self.now)).total_seconds()
+        if not self._counts(failure) and done == 0:
+            return 0.0
+        exponent = done if self._counts(failure) else done - 1
+        return min(self.settings.restart_backoff_seconds * 2.0 ** min(exponent, 16), MAX_BACKOFF_SECONDS)
 
-    def _count_restart(self, over: Ended) -> None:
+    def _count_restart(self, failure: FailureClass) -> None:
         self.draft.count("restarts")
-        if over.failure and over.failure.counted:
+        if self._counts(failure):
             self.draft.count("restartsCountTowardsMax")
+        self.draft.new["disruptionsInARow"] = self._in_a_row(failure)
+
+    def _counts(self, failure: FailureClass) -> bool:
+        """Whether a restart after this uses up maxRestarts. Of a script that reports no checkpoint nobody knows whether it gets on."""
+        silent = self.job.spec.trainer.command and "checkpoint" not in self.draft.new
+        return failure.counted or (self._in_a_row(failure) >= DISRUPTIONS_IN_A_ROW and not silent)
+
+    def _in_a_row(self, failure: FailureClass) -> int:
+        """Disruptions since the last checkpoint of a new step, with this one."""
+        return 0 if failure.counted else int(self.draft.new["disruptionsInARow"]) + 1
 
     # ---------------------------------------------------------------------------------------------- suspend and stop ---
     def _wind_down(self, child: Object | None, over: Ended | None) -> Decision:
@@ -275,10 +310,12 @@ class _Reconcile:
             self._leave(over)
             return _fail(self.draft, over.failure.reason, over.message, self.actions)
         if child is not None:
+            self._count_pods(child, self._pods_of(child))
             # Also when it ended already: what is wound down leaves nothing that the next attempt could stumble over.
             self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
         if child is not None or self._alive():
-            return self._wait_for_pods(State.STOPPING if stop else State.SUSPENDING)
+            state, reason = (State.STOPPING, Reason.STOPPING) if stop else (State.SUSPENDING, Reason.SUSPENDING)
+            return self._wait_for_pods(state, reason, "Waiting until the pods are gone.")
         if not is_true(self.draft.old, Condition.SUSPENDED) and self.draft.new["attempt"]:
             self._leave(None)
         self.draft.new["jobsStatus"] = []
@@ -291,14 +328,11 @@ class _Reconcile:
         self.draft.set(Condition.RUNNING, False, Reason.SUSPENDED)
         return Decision(self.draft.done(), tuple(self.actions), None if self.job.spec.suspend else 0.1)
 
-    def _wait_for_pods(self, state: State) -> Decision:
+    def _wait_for_pods(self, state: State, reason: str, message: str) -> Decision:
         self.draft.state(state)
         was_running = is_true(self.draft.old, Condition.RUNNING)
-        reason = Reason.STOPPING if state is State.STOPPING else Reason.SUSPENDING
-        if state is State.RESTARTING:
-            reason = Reason.WAITING_FOR_RESTART
         # Running stays True until the pods are gone: they still hold their GPUs, and the time counts.
-        self.draft.set(Condition.RUNNING, was_running, reason, "Waiting until the pods are gone.")
+        self.draft.set(Condition.RUNNING, was_running, reason, message)
         if is_true(self.draft.old, Condition.SUSPENDED):
             self.draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED)
         elif state is State.SUSPENDING:
@@ -312,30 +346,49 @@ class _Reconcile:
         if over and over.started:
             self.draft.new.setdefault("startTime", stamp(over.started))
 
+    def _ended(self, child: Object | None) -> Ended | None:
+        """How the current attempt ended. One whose Job is gone ended too, unless that is how it was suspended."""
+        if child is not None:
+            return ended(child, self._pods_of(child))
+        if not self.draft.new["attempt"] or is_true(self.draft.old, Condition.SUSPENDED):
+            return None
+        before = find_condition(self.draft.old, Condition.RUNNING) or {}
+        told = BY_REASON.get(before.get("reason", ""))
+        if told and self.draft.old.get("state") == State.RESTARTING:
+            return Ended(told, before["message"].removeprefix(f"{told.reason}: ").removesuffix(f" {_RESTARTING}"))
+        return _NODE_LOST if any(self._lost(pod) for pod in self._pods_of(None)) else _CHILD_DELETED
+
     def _pods_of(self, child: Object | None) -> tuple[Object, ...]:
-        return tuple(p for p in self.observed.pods if child is not None and owned_by(p, child["metadata"]["uid"]))
+        """The pods of the current attempt. Those of a Job that is deleted may still save: they go by the uid that was noted."""
+        current = child_name(self.job.metadata["name"], self.draft.new["attempt"])
+        uid = child["metadata"]["uid"] if child is not None else recorded_uid(self.draft.old, current)
+        return tuple(p for p in self.observed.pods if uid and owned_by(p, uid))
 
     def _alive(self) -> bool:
         """Whether a pod of any attempt may still be running. A pod on a lost node is not waited for: storage fences it."""
-        return any(
-            p.get("status", {}).get("phase") not in ("Succeeded", "Failed") and not self._lost(p) for p in self.observed.pods
-        )
+        trainers = (pod for pod in self.observed.pods if is_trainers(pod, self.job.metadata["name"]))
+        return any(not _over(pod) and not self._lost(pod) for pod in trainers)
 
     def _lost(self, pod: Object) -> bool:
-        asked = parse_time(pod["metadata"].get("deletionTimestamp"))
-        # deletionTimestamp is the time at which the grace period ends.
-        return asked is not None and self.now > asked + timedelta(seconds=LOST_NODE_SECONDS)
-
-    def _lost_node(self, pods: tuple[Object, ...]) -> bool:
-        return bool(pods) and all(self._lost(p) and p.get("status", {}).get("phase") == "Running" for p in pods)
+        """Whether the pod should have ended long ago, and nobody tells that it did."""
+        after = _lost_after(pod)
+        return after is not None and self.now > after and not _over(pod)
 
     def _replace_lost(self, child: Object) -> Decision:
         self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
-        message = "The pod's node does not answer; the next attempt goes on from the newest checkpoint."
-        self.actions.append(Event("Warning", "NodeLost", message))
-        self.draft.state(State.RESTARTING)
-        self.draft.set(Condition.RUNNING, True, Reason.WAITING_FOR_RESTART, f"NodeLost: {message}")
-        return Decision(self.draft.done(), tuple(self.actions), 1.0)
+        self.actions.append(Event("Warning", "NodeLost", _NODE_LOST.message))
+        waiting = self._wait_for_pods(State.RESTARTING, "NodeLost", f"NodeLost: {_NODE_LOST.message}")
+        return replace(waiting, requeue_after=1.0)
+
+
+def _over(pod: Object) -> bool:
+    return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+
+
+def _lost_after(pod: Object) -> datetime | None:
+    """When a pod that was asked to end is taken for lost."""
+    grace_ends = parse_time(pod["metadata"].get("deletionTimestamp"))
+    return grace_ends + timedelta(seconds=LOST_NODE_SECONDS) if grace_ends else None
 
 
 def _why_pending(pods: tuple[Object, ...]) -> tuple[str, str]:

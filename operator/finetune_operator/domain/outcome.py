@@ -27,9 +27,9 @@ class Ended:
 
     failure: FailureClass | None
     message: str
-    report: EndReport | None
-    started: datetime | None
-    finished: datetime | None
+    report: EndReport | None = None
+    started: datetime | None = None
+    finished: datetime | None = None
 
 
 def parse_time(text: str | None) -> datetime | None:

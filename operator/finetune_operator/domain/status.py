@@ -37,6 +37,11 @@ def is_finished(status: Object) -> bool:
     return is_true(status, Condition.COMPLETE) or is_true(status, Condition.FAILED)
 
 
+def recorded_uid(status: Object, child: str) -> str | None:
+    """The uid that the Job of the current attempt has or had, if that is its name."""
+    return next((c.get("uid") for c in status.get("jobsStatus") or [] if c["name"] == child), None)
+
+
 def only_progress_differs(old: Object | None, new: Object) -> bool:
     """Whether a write of `new` could wait: all that differs is what trainers report every few seconds."""
     return old is not None and _without_progress(old) == _without_progress(new)
@@ -60,7 +65,15 @@ class StatusDraft:
         self.generation = generation
         self.new: Object = copy.deepcopy(old)
         self.new["observedGeneration"] = generation
-        for name in ("activeSeconds", "gpuSeconds", "attempt", "restarts", "restartsCountTowardsMax", "lostWorkSeconds"):
+        for name in (
+            "activeSeconds",
+            "gpuSeconds",
+            "attempt",
+            "restarts",
+            "restartsCountTowardsMax",
+            "lostWorkSeconds",
+            "disruptionsInARow",
+        ):
             self.new.setdefault(name, 0)
         resumed = (find_condition(old, Condition.SUSPENDED) or {}).get("reason") == Reason.RESUMED
         self._conditions: dict[str, tuple[str, str, str]] = {
@@ -107,7 +120,7 @@ class StatusDraft:
     # ------------------------------------------------------------------------------------------ facts from the trainer --
     def merge_progress(self, progress: Progress | None) -> None:
         """Takes over the newest report of the current attempt."""
-        if progress is None or progress.attempt != self.new["attempt"]:
+        if progress is None:
             return
         report = progress.report
         if report.trainer_status:
@@ -122,6 +135,8 @@ class StatusDraft:
         if evaluations:
             self.new["evaluations"] = merge_evaluations(self.new.get("evaluations") or [], [_json(e) for e in evaluations])
         if checkpoint and checkpoint.time >= (parse_time((self.new.get("checkpoint") or {}).get("time")) or checkpoint.time):
+            if checkpoint.step > (self.new.get("checkpoint") or {"step": -1})["step"]:
+                self.new["disruptionsInARow"] = 0
             self.new["checkpoint"] = _checkpoint(checkpoint)
         if resumed_from:
             self.new["resumedFrom"] = _checkpoint(resumed_from)

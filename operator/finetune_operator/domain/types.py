@@ -33,12 +33,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """The newest report of one execution, already authenticated as coming from this pod."""
+    """The newest report of one attempt, already authenticated as coming from a pod of it."""
 
     report: ProgressReport
     received: datetime
     attempt: int
-    pod_uid: str
+    job_uid: str
+    """Of the resource that the attempt is of: another may have its name by now."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Observed:
     """The Job of the attempt after it; read where `child` is absent or finished. It exists when the operator died between
     creating it and writing the status."""
     pods: tuple[Object, ...] = ()
-    """All pods labelled with this job, of any attempt."""
+    """All pods labelled with this job, of any attempt; who made them is for `decide` to look at."""
     progress: Progress | None = None
     create_error: str | None = None
     """What the API server said when it refused the child Job that the last decision wanted."""

@@ -112,11 +112,21 @@ class Elector:
         self._renewed = None
         try:
             async with asyncio.timeout(RELEASE_SECONDS):
-                await self.cluster.patch(LEASES, self.namespace, self.name, disclaim(self._seen, datetime.now(UTC)))
+                await self._disclaim()
         except (TimeoutError, port.ApiError) as error:
             log.warning("%s was not released and will expire: %s", self._name, error)
         else:
             log.info("%s is released", self._name)
+
+    async def _disclaim(self) -> None:
+        try:
+            await self.cluster.patch(LEASES, self.namespace, self.name, disclaim(self._seen, datetime.now(UTC)))
+        except port.Conflict:
+            # A renewal that was cut off at the end may have been written all the same.
+            self._see(await self._read())
+            if self._seen.record.holder != self.candidate.identity:
+                raise
+            await self.cluster.patch(LEASES, self.namespace, self.name, disclaim(self._seen, datetime.now(UTC)))
 
     def _until_deadline(self) -> float:
         return self.remaining() - self.candidate.lease_seconds + self.candidate.renew_seconds

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import pytest
+
 from finetune_api import Recipe, names
 from finetune_api.failures import BY_EXIT_CODE
 from finetune_api.manifest import parse_job
@@ -108,6 +110,17 @@ def test_the_users_additions_arrive_and_ours_win() -> None:
     assert {"name": "d", "emptyDir": {}} in template["spec"]["volumes"]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
     assert "kueue.x-k8s.io/queue-name" not in template["metadata"]["labels"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_variable_of_the_users_is_there_once_and_theirs(processes: int) -> None:
+    ours = env(child(trainer={"numProcPerNode": processes}))
+    theirs = [n for n in ours if not n.startswith(names.RESERVED_ENV_PREFIXES)]
+    assert {"HOME", "USER", "HF_HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED"} <= {*theirs}
+    job = child(trainer={"numProcPerNode": processes, "env": [{"name": n, "value": "mine"} for n in theirs]})
+    assert {env(job)[n] for n in theirs} == {"mine"}
+    listed = [e["name"] for e in container(job)["env"]]
+    assert sorted(listed) == sorted(ours), "each once, and none is lost"
 
 
 def test_a_command_of_the_users_runs_in_place_of_our_trainer() -> None:

@@ -91,23 +91,45 @@ class World:
         name = manifest["metadata"]["name"]
         if name in self.children:
             return
-        assert not [p for p in self.pods.values() if p["status"]["phase"] in ("Pending", "Running")], "an older pod still runs"
+        assert not [p for p in self.pods.values() if self.alive(p)], "an older pod still runs"
         self.created.append(name)
         self.uid += 1
         self.children[name] = {**manifest, "metadata": {**manifest["metadata"], "uid": f"j{self.uid}"}, "status": {}}
-        self.pods[name] = {
-            "metadata": {
-                "name": f"{name}-x",
-                "uid": f"p{self.uid}",
-                "creationTimestamp": stamp(self.now),
-                "ownerReferences": [{"uid": f"j{self.uid}", "controller": True}],
-            },
-            "status": {"phase": "Pending"},
-        }
+        for index in range(manifest["spec"]["completions"]):
+            key = f"{name}/{index}" if index else name
+            self.pods[key] = self.pod(
+                key, f"p{self.uid}", {"kind": "Job", "name": name, "uid": f"j{self.uid}", "controller": True}
+            )
+
+    def pod(self, name: str, uid: str, *owners: dict[str, Any]) -> dict[str, Any]:
+        meta = {"name": f"{name}-x", "uid": uid, "creationTimestamp": stamp(self.now), "ownerReferences": [*owners]}
+        return {"metadata": meta, "status": {"phase": "Pending"}}
+
+    def alive(self, pod: dict[str, Any]) -> bool:
+        """Its process may be running, and nobody has given its node up."""
+        ends = pod["metadata"].get("deletionTimestamp")
+        lost = ends is not None and self.now > datetime.fromisoformat(ends) + timedelta(seconds=60)
+        return pod["status"]["phase"] in ("Pending", "Running") and not lost
 
     def delete(self, name: str) -> None:
-        if self.children.pop(name, None) and name in self.pods:
-            self.pods[name]["metadata"].setdefault("deletionTimestamp", stamp(self.now + timedelta(seconds=60)))
+        if self.children.pop(name, None):
+            for key, pod in self.pods.items():
+                if key.partition("/")[0] == name:
+                    pod["metadata"].setdefault("deletionTimestamp", stamp(self.now + timedelta(seconds=60)))
+
+    def lose(self, name: str) -> None:
+        """The pod's node dies; its deletion was asked for, and nobody is left to carry it out."""
+        self.pods[name]["metadata"].setdefault("deletionTimestamp", stamp(self.now))
+
+    def gone(self) -> None:
+        """What was asked to end has ended; a Job that loses a pod so has failed."""
+        for key in [key for key, pod in self.pods.items() if "deletionTimestamp" in pod["metadata"]]:
+            del self.pods[key]
+            if child := self.children.get(key.partition("/")[0]):
+                child["status"].setdefault("conditions", [self.now_true("Failed")])
+
+    def now_true(self, kind: str) -> dict[str, Any]:
+        return {"type": kind, "status": "True", "lastTransitionTime": stamp(self.now)}
 
     def run(self, name: str) -> None:
         self.pods[name]["status"] = {
@@ -124,10 +146,7 @@ class World:
             **pod_status,
         }
         if name in self.children:
-            kind = "Failed" if code else "Complete"
-            self.children[name]["status"] = {
-                "conditions": [{"type": kind, "status": "True", "lastTransitionTime": stamp(self.now)}]
-            }
+            self.children[name]["status"] = {"conditions": [self.now_true("Failed" if code else "Complete")]}
 
     def fail(self, name: str, reason: str, message: str = "because") -> None:
         report = {"outcome": "Failed", "reason": reason, "message": message}
@@ -227,6 +246,10 @@ def test_max_restarts_with_backoff_then_failed_with_the_root_cause() -> None:
     world.end("ft-1", 137, "", "OOMKilled")
     decision = world.reconcile()
     assert world.status["state"] == "Restarting"
+    assert (world.condition("Running")["reason"], world.status["restartTime"]) == (
+        "OOMKilled",
+        stamp(world.now + timedelta(seconds=10)),
+    )
     assert decision.requeue_after == 10
     world.wait(10)
     world.reconcile()
@@ -247,6 +270,70 @@ def test_a_disruption_restarts_at_once_and_is_not_counted() -> None:
     world.reconcile()
     assert world.created == ["ft-1", "ft-2"]
     assert (world.status["restarts"], world.status["restartsCountTowardsMax"]) == (1, 0)
+
+
+def disrupt(world: World, step: int | None = None) -> None:
+    """The newest attempt runs and is preempted, after it has saved this step; then all is done that follows."""
+    name = world.created[-1]
+    world.run(name)
+    world.reconcile()
+    world.wait(600)
+    saved = {"step": step, "uri": f"s3://c/{step}", "time": stamp(world.now), "sizeBytes": 1}
+    report = {"outcome": "Interrupted", "reason": "Interrupted", "message": "m"} | ({"checkpoint": saved} if step else {})
+    preempted = {"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}]}
+    world.end(name, 20, json.dumps(report), **preempted)
+    world.reconcile()
+    world.wait(300)
+    world.reconcile()
+
+
+def counters(world: World) -> tuple[int, int, int]:
+    return tuple(world.status[name] for name in ("restarts", "restartsCountTowardsMax", "disruptionsInARow"))  # type: ignore[return-value]
+
+
+def test_the_third_disruption_in_a_row_without_a_new_step_counts() -> None:
+    world = World(failurePolicy={"maxRestarts": 1})
+    world.reconcile()
+    disrupt(world, 5)
+    disrupt(world, 5)  # saved again, but nothing new
+    assert counters(world) == (2, 0, 2)
+    disrupt(world, 6)
+    assert counters(world) == (3, 0, 1)
+    disrupt(world)
+    disrupt(world)
+    assert counters(world) == (5, 1, 3)
+    disrupt(world, 7)
+    assert counters(world) == (6, 1, 1), "it gets on again"
+    disrupt(world)
+    disrupt(world)
+    assert world.condition("Failed")["reason"] == "Disrupted"
+    assert "disruption 3 in a row without a checkpoint of a new step" in world.condition("Failed")["message"]
+
+
+def test_another_failure_ends_the_row() -> None:
+    world = World()
+    world.reconcile()
+    disrupt(world)
+    disrupt(world)
+    world.run(world.created[-1])
+    world.end(world.created[-1], 137, "", "OOMKilled")
+    world.reconcile()
+    world.wait(300)
+    world.reconcile()
+    disrupt(world)
+    assert counters(world) == (4, 1, 1)
+
+
+def test_a_script_that_reports_no_checkpoint_may_be_disrupted_as_often_as_it_likes() -> None:
+    world = World(trainer={"command": ["python", "train.py"]}, failurePolicy={"maxRestarts": 0})
+    world.reconcile()
+    for _ in range(5):
+        disrupt(world)
+    assert counters(world) == (5, 0, 5)
+    disrupt(world, 5)
+    disrupt(world)
+    disrupt(world)
+    assert world.condition("Failed")["reason"] == "Disrupted"
 
 
 @pytest.mark.parametrize(
@@ -323,7 +410,7 @@ def test_created_suspended_makes_no_job() -> None:
 def test_stop_ends_as_complete_and_names_the_checkpoint() -> None:
     world = running()
     checkpoint = {"step": 5, "uri": "s3://c/5", "time": stamp(T0), "sizeBytes": 1}
-    world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "p1")
+    world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "u0")
     world.reconcile()
     world.job["spec"]["stop"] = True
     world.reconcile()
@@ -333,19 +420,50 @@ def test_stop_ends_as_complete_and_names_the_checkpoint() -> None:
     assert "s3://c/5" in world.condition("Complete")["message"]
 
 
+@pytest.mark.parametrize("how", ["suspend", "stop"])
+@pytest.mark.parametrize("told", ["report", "post"])
+def test_what_the_pod_saves_while_it_is_wound_down_is_the_newest_checkpoint(how: str, told: str) -> None:
+    world = running()
+    world.wait(3600)
+    world.job["spec"][how] = True
+    world.reconcile()
+    assert world.children == {}
+    world.wait(20)
+    checkpoint = {"step": 9, "uri": "s3://c/9", "time": stamp(world.now), "sizeBytes": 1}
+    if told == "report":
+        report = {"outcome": "Interrupted", "reason": "Interrupted", "message": "m", "checkpoint": checkpoint}
+        world.end("ft-1", 20, json.dumps(report))
+    else:
+        world.progress = Progress(ProgressReport.model_validate({"checkpoint": checkpoint}), T0, 1, "u0")
+        world.gone()
+    stranger = world.pod("stranger", "s", {"kind": "Job", "name": "ft-1", "uid": "of an earlier ft", "controller": True})
+    world.pods["stranger"] = stranger
+    later = {**checkpoint, "step": 10, "time": stamp(world.now + timedelta(seconds=1))}
+    world.end("stranger", 20, json.dumps({"outcome": "Interrupted", "checkpoint": later}))
+    world.reconcile()
+    assert world.status["state"] == {"suspend": "Suspended", "stop": "Complete"}[how]
+    assert world.status["checkpoint"]["step"] == 9
+    assert (world.status["activeSeconds"], world.status["lostWorkSeconds"]) == (3620, 0)
+    if how == "stop":
+        assert world.condition("Complete")["message"] == "Stopped by spec.stop. The newest checkpoint is s3://c/9."
+
+
 def test_progress_of_an_older_attempt_is_ignored() -> None:
     world = running()
     report = ProgressReport.model_validate({"trainerStatus": {"progressPercentage": 50}})
-    world.progress = Progress(report, T0, 7, "p1")
+    world.progress = Progress(report, T0, 7, "u0")
     assert "trainerStatus" not in world.reconcile().status
-    world.progress = Progress(report, T0, 1, "p1")
+    world.progress = Progress(report, T0, 1, "of an earlier ft")
+    assert "trainerStatus" not in world.reconcile().status
+    assert world.condition("Progressing")["status"] == "Unknown"
+    world.progress = Progress(report, T0, 1, "u0")
     old = world.status
     new = world.reconcile().status
     assert new["trainerStatus"]["progressPercentage"] == 50
     assert world.condition("Progressing")["status"] == "True"
     assert not only_progress_differs(old, new)  # the condition changed
     later = ProgressReport.model_validate({"trainerStatus": {"progressPercentage": 60}})
-    world.progress = Progress(later, T0 + timedelta(seconds=5), 1, "p1")
+    world.progress = Progress(later, T0 + timedelta(seconds=5), 1, "u0")
     assert only_progress_differs(new, world.look().status)
 
 
@@ -364,6 +482,56 @@ def test_deleted_child_is_replaced_while_running_but_never_after_the_end() -> No
     world.pods.clear()
     assert world.reconcile() == Decision(status=world.status, finished=True)
     assert world.created == ["ft-1", "ft-2"]
+
+
+def test_jobs_that_somebody_deletes_again_and_again_are_made_ever_more_seldom() -> None:
+    world = World(failurePolicy={"maxRestarts": 1000})
+    events = 0
+    for _ in range(3600):
+        decision = world.reconcile()
+        events += sum(isinstance(a, Event) and a.reason == "ChildDeleted" for a in decision.actions)
+        world.delete(world.created[-1])
+        world.gone()
+        world.wait(1)
+    assert 10 < len(world.created) < 20
+    assert events in (len(world.created), len(world.created) - 1)
+    assert world.status["restarts"] == len(world.created) - 1
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_restart_is_counted_once_also_when_the_operator_dies_before_it_can_say_so(crash: bool) -> None:
+    world = running()
+    world.delete("ft-1")
+    world.gone()
+    world.wait(7200)
+    world.reconcile(die_before_status=crash)
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert (world.status["attempt"], world.status["restarts"], world.status["activeSeconds"]) == (2, 1, 7200)
+
+
+@pytest.mark.parametrize("cause", ["deleted", "disrupted", "oom"])
+def test_the_time_of_an_attempt_counts_once_while_the_next_one_is_refused(cause: str) -> None:
+    world = running(trainer={"resourcesPerNode": {"limits": {"nvidia.com/gpu": 2}}})
+    world.wait(7200)
+    if cause == "deleted":
+        world.delete("ft-1")
+        world.gone()
+    elif cause == "disrupted":
+        world.end("ft-1", 143, conditions=[{"type": "DisruptionTarget", "status": "True", "reason": "x"}])
+    else:
+        world.end("ft-1", 137, "", "OOMKilled")
+    world.create_error = "exceeded quota: gpus"
+    for _ in range(5):
+        world.reconcile()
+        world.wait(60)
+    assert world.condition("Running")["reason"] == "CreateRefused"
+    assert (world.status["state"], world.status["attempt"], world.status["restarts"]) == ("Restarting", 1, 0)
+    world.create_error = None
+    world.reconcile()
+    assert (world.status["state"], world.status["attempt"], world.status["restarts"]) == ("Pending", 2, 1)
+    assert (world.status["activeSeconds"], world.status["gpuSeconds"]) == (7200, 14400)
+    assert "restartTime" not in world.status
 
 
 def test_a_foreign_job_of_the_same_name_is_reported_and_left_alone() -> None:
@@ -403,7 +571,8 @@ def test_a_queue_label_goes_to_the_child_and_its_suspension_is_shown_as_queued()
 
 def test_a_pod_on_a_lost_node_is_replaced() -> None:
     world = running()
-    world.pods["ft-1"]["metadata"]["deletionTimestamp"] = stamp(world.now)
+    world.lose("ft-1")
+    assert world.reconcile().requeue_after == 61, "no event tells that a pod is still there"
     world.wait(61)
     world.reconcile()
     assert "NodeLost" in world.condition("Running")["message"]
@@ -412,6 +581,80 @@ def test_a_pod_on_a_lost_node_is_replaced() -> None:
     world.reconcile()
     assert world.created == ["ft-1", "ft-2"]
     assert (world.status["restarts"], world.status["restartsCountTowardsMax"]) == (1, 0)
+
+
+@pytest.mark.parametrize("peer", ["waits for its peer", "failed"])
+def test_one_of_two_pods_on_a_lost_node_is_enough(peer: str) -> None:
+    world = World(trainer={"numNodes": 2})
+    world.reconcile()
+    world.run("ft-1")
+    world.run("ft-1/1")
+    world.reconcile()
+    world.lose("ft-1/1")
+    if peer == "failed":
+        world.pods["ft-1"]["status"]["phase"] = "Failed"  # The Job is not: it waits for the other pod to end.
+    world.wait(61)
+    world.reconcile()
+    assert "NodeLost" in world.condition("Running")["message"]
+    told = world.reconcile()
+    assert world.created == (["ft-1", "ft-2"] if peer == "failed" else ["ft-1"]), "the peer is asked to end, and may be saving"
+    if peer != "failed":
+        world.pods.clear()  # also the lost one: its Node was deleted meanwhile
+        told = world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    assert "NodeLost" in {a.reason for a in told.actions if isinstance(a, Event)}
+
+
+def test_a_pod_whose_node_dies_before_it_ran_is_replaced() -> None:
+    world = World()
+    world.reconcile()
+    world.lose("ft-1")
+    world.wait(61)
+    world.reconcile()
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+
+
+@pytest.mark.parametrize("end", ["gone", "lost"])
+def test_a_job_made_anew_waits_for_the_pods_of_the_one_before(end: str) -> None:
+    world = World()
+    old = world.pod("ft-3-x", "p0", {"kind": "Job", "name": "ft-3", "uid": "j0", "controller": True})
+    old["status"]["phase"] = "Running"
+    world.pods["ft-3"] = old
+    assert world.reconcile().requeue_after is not None
+    assert (world.created, world.status["state"], world.status["restarts"]) == ([], "Pending", 0)
+    assert "of an older job" in world.condition("Running")["message"]
+    world.lose("ft-3")
+    if end == "gone":
+        world.gone()
+    world.wait(61)
+    world.reconcile()
+    assert (world.created, world.status["restarts"]) == (["ft-1"], 0)
+
+
+OWNERS = {
+    "none": [],
+    "another job's": [{"kind": "Job", "name": "ft-1-1", "uid": "x", "controller": True}],
+    "no attempt": [{"kind": "Job", "name": "ft-x", "uid": "x", "controller": True}],
+    "another kind": [{"kind": "ReplicaSet", "name": "ft-1", "uid": "x", "controller": True}],
+    "no controller": [{"kind": "Job", "name": "ft-1", "uid": "x"}],
+}
+
+
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS)
+def test_a_pod_that_only_wears_the_label_holds_nothing_up(owners: list[dict[str, Any]]) -> None:
+    world = running()
+    stranger = world.pod("stranger", "s", *owners)
+    stranger["status"]["phase"] = "Running"
+    world.end("ft-1", 137, "", "OOMKilled")
+    world.pods["stranger"] = stranger
+    world.reconcile()
+    world.wait(10)
+    assert [a for a in world.look().actions if isinstance(a, CreateJob)]
+    world.job["spec"]["suspend"] = True
+    world.reconcile()
+    world.reconcile()
+    assert world.status["state"] == "Suspended"
 
 
 def test_why_a_pod_does_not_start_is_in_the_condition() -> None:
@@ -435,16 +678,16 @@ def test_evaluations_are_write_once_and_bounded() -> None:
     assert merge_evaluations(old, [{"examples": 3, "step": 99, "metrics": []}])[3]["step"] == 3
 
 
-EVENTS = st.lists(
-    st.sampled_from(["run", "ok", "oom", "disrupt", "data", "suspend", "resume", "delete-child", "gone", "wait", "crash"]),
-    max_size=25,
-)
+LIFE = ["run", "ok", "oom", "disrupt", "data", "suspend", "resume"]
+FAULTS = ["delete-child", "lose", "gone", "refuse", "allow", "wait", "crash"]
+EVENTS = st.lists(st.sampled_from(LIFE + FAULTS), max_size=25)
 
 
 @settings(max_examples=300, deadline=None)
 @given(EVENTS)
 def test_any_story_keeps_the_invariants(events: list[str]) -> None:
-    """At most one attempt alive (asserted in create), attempts never fall, terminal is terminal, no attempt is skipped."""
+    """At most one attempt alive (asserted in create), attempts never fall, terminal is terminal, no attempt is skipped; and the job goes
+    on, whatever has happened."""
     world = World(failurePolicy={"maxRestarts": 2})
     last_attempt = 0
     terminal: dict[str, Any] | None = None
@@ -467,9 +710,12 @@ def test_any_story_keeps_the_invariants(events: list[str]) -> None:
             world.job["spec"]["suspend"] = event == "suspend"
         elif event == "delete-child":
             world.delete(name)
+        elif event == "lose" and phase in ("Pending", "Running"):
+            world.lose(name)
         elif event == "gone":
-            for key in [k for k, p in world.pods.items() if p["metadata"].get("deletionTimestamp")]:
-                del world.pods[key]
+            world.gone()
+        elif event in ("refuse", "allow"):
+            world.create_error = "exceeded quota" if event == "refuse" else None
         elif event == "wait":
             world.wait(20)
         world.reconcile(die_before_status=event == "crash")
@@ -479,7 +725,14 @@ def test_any_story_keeps_the_invariants(events: list[str]) -> None:
         elif is_finished(status):
             terminal = status
         assert (status.get("attempt") or 0) >= last_attempt
+        assert status.get("activeSeconds", 0) <= (world.now - T0).total_seconds(), "time was counted twice"
         last_attempt = status.get("attempt") or 0
     # A child that is deleted before its attempt was recorded is created again under its name; none is skipped.
     distinct = list(dict.fromkeys(world.created))
     assert distinct == [f"ft-{n}" for n in range(1, len(distinct) + 1)]
+    world.job["spec"]["suspend"], world.create_error = False, None
+    for _ in range(20):
+        world.wait(60)
+        world.reconcile()
+    newest = world.pods.get(world.created[-1]) if world.created else None
+    assert is_finished(world.status) or (newest is not None and world.alive(newest)), "nothing happens any more"
