@@ -1,7 +1,6 @@
 """Where the e2e tests run: the node in this sandbox (`make e2e`), or a cluster of yours (`make e2e KUBECONFIG=...`).
 
-A cluster of yours must be able to pull OPERATOR_IMAGE and TRAINER_IMAGE, and AWS_ENDPOINT_URL with its credentials must be an object store
-that this machine and its pods reach.
+What a cluster of yours needs is told by OF_YOURS.
 """
 
 import contextlib
@@ -26,6 +25,15 @@ ROOT = Path(__file__).parents[2]
 SYSTEM = "finetune-system"
 RELEASE = "finetune-operator"
 MODELS, DATA = "finetune-e2e-models", "customer-feedback"
+OF_YOURS = {
+    "OPERATOR_IMAGE": "the operator's image with its tag, where the cluster pulls it",
+    "TRAINER_IMAGE": "the trainer's",
+    "AWS_ENDPOINT_URL": "an object store that this machine and the cluster's pods reach",
+    "AWS_ACCESS_KEY_ID": "its credentials; they may create buckets",
+    "AWS_SECRET_ACCESS_KEY": "the same",
+    "AWS_REGION": "its region",
+}
+"""Environment variables that a run with KUBECONFIG needs besides."""
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 
 
@@ -119,14 +127,20 @@ class World:
         return name
 
 
+def _of_yours() -> dict[str, str]:
+    if missing := [name for name in OF_YOURS if not os.environ.get(name)]:
+        wanted = "; ".join(f"{name} ({OF_YOURS[name]})" for name in missing)
+        raise RuntimeError(f"KUBECONFIG is set, so the tests run in that cluster; these variables are not set: {wanted}")
+    return {name: os.environ[name] for name in OF_YOURS}
+
+
 @contextlib.contextmanager
 def world() -> Iterator[World]:
     """The cluster that the environment asks for."""
     if kubeconfig := os.environ.get("KUBECONFIG"):
-        aws = {
-            name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
-        }
-        yield World(Path(kubeconfig), aws, os.environ["OPERATOR_IMAGE"], os.environ["TRAINER_IMAGE"])
+        given = _of_yours()
+        aws = {name: value for name, value in given.items() if name.startswith("AWS_")}
+        yield World(Path(kubeconfig), aws, given["OPERATOR_IMAGE"], given["TRAINER_IMAGE"])
         return
     if not sandbox.inside():
         raise RuntimeError("run `make e2e`: it starts these tests in a sandbox with a node of their own")

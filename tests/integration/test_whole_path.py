@@ -131,7 +131,9 @@ def test_suspend_saves_first_and_resume_goes_on(jobs: Jobs, bucket: str, s3: S3S
     saved = jobs.wait_state("paused", "Suspended")["checkpoint"]
     assert 0 < saved["step"] < 12 * 150
     listed = s3.client().list_objects_v2(Bucket=BUCKET, Prefix="out/paused/checkpoints/")["Contents"]
-    manifests = [f"s3://{BUCKET}/{o['Key'].removesuffix('/MANIFEST.json')}" for o in listed if o["Key"].endswith("/MANIFEST.json")]
+    manifests = [
+        f"s3://{BUCKET}/{o['Key'].removesuffix('/MANIFEST.json')}" for o in listed if o["Key"].endswith("/MANIFEST.json")
+    ]
     assert manifests == [saved["uri"]]
     jobs.patch("paused", {"suspend": False})
     status = jobs.wait_state("paused", "Complete")
