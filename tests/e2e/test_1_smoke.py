@@ -184,7 +184,8 @@ print(json.dumps({
     "jobs with the token": ask("https://kubernetes.default.svc/apis/finetune.dev/v1alpha1/finetunejobs", token),
     "own": ask(progress, token, body, ca), "without a token": ask(progress, None, body, ca),
     "another job": ask(head + "/finetunejobs/other/attempts/1/progress", token, body, ca),
-    "another attempt": ask(progress.replace("/attempts/1/", "/attempts/7/"), token, body, ca),
+    "a later attempt": ask(progress.replace("/attempts/2/", "/attempts/7/"), token, body, ca),
+    "an older attempt": ask(progress.replace("/attempts/2/", "/attempts/1/"), token, body, ca),
     "another namespace": ask(progress.replace("/namespaces/" + os.environ["FINETUNE_NAMESPACE"], "/namespaces/default"), token, body, ca),
     "kubelet": ask("https://" + os.environ["NODE"] + ":10250/pods"),
     "uid": os.getuid(), "root is writable": os.access("/", os.W_OK) or os.access("/opt/finetune", os.W_OK),
@@ -194,10 +195,14 @@ print(json.dumps({
 
 def test_what_a_hostile_trainer_pod_reaches(installed: World, jobs: Jobs) -> None:
     jobs.apply(job(jobs, "other", epochs=500), job(jobs, "hostile", epochs=500))
-    pod = jobs.wait_pod("hostile-1")
+    # Its second attempt: there is an older one to speak for.
+    installed.kubectl("-n", jobs.namespace, "delete", "pod", jobs.wait_pod("hostile-1"), "--wait=false")
+    pod = jobs.wait_pod("hostile-2")
     jobs.wait_pod("other-1")
+    wait(lambda: jobs.status("hostile").get("attempt") == 2, "its second attempt")
     jobs.wait_state("hostile", "Running")
     jobs.wait_state("other", "Running")
+    assert jobs.get("hostile-1", "job"), "the Job of the older attempt is still there"
     node = f"NODE={jobs.get(pod, 'pod')['status']['hostIP']}"
     said = installed.kubectl("-n", jobs.namespace, "exec", "-i", pod, "--", "env", node, "python", "-", stdin=HOSTILE).stdout
     reached = json.loads(said)
@@ -211,7 +216,8 @@ def test_what_a_hostile_trainer_pod_reaches(installed: World, jobs: Jobs) -> Non
         "jobs with the token": 401,
         "without a token": 401,
         "another job": 403,
-        "another attempt": 403,
+        "a later attempt": 403,
+        "an older attempt": 403,
         "another namespace": 403,
         "kubelet": 401,
         "root is writable": False,

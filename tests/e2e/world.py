@@ -4,12 +4,14 @@ What a cluster of yours needs is told by OF_YOURS.
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ class World:
     operator_image: str
     trainer_image: str
     node: Node | None = None
+    rights_end: dict[str, datetime] = field(default_factory=dict)
+    """Pods of the operator that were running when a test took rights away, and when that was."""
     programs: dict[str, Path] = field(default_factory=lambda: binaries.ensure(["kubectl", "helm"]))
 
     @property
@@ -93,6 +97,17 @@ class World:
             f"--set=jobDefaults.image={self.trainer_image}",
             f"--set=jobDefaults.modelMirror=s3://{MODELS}",
         ]
+
+    def operator_pods(self) -> list[str]:
+        """Names of the operator's pods, also of those that are ending."""
+        selector = f"app.kubernetes.io/instance={RELEASE}"
+        listed = json.loads(self.kubectl("-n", SYSTEM, "get", "pods", "-l", selector, "-o", "json").stdout)["items"]
+        return [pod["metadata"]["name"] for pod in listed]
+
+    def rights_change(self) -> None:
+        """Before Helm changes roles: what the pods that run now are refused from here on is not a right that the chart forgot."""
+        for name in self.operator_pods():
+            self.rights_end.setdefault(name, datetime.now(UTC))
 
     def operator_logs(self) -> str:
         """Of the pods that run now."""
