@@ -18,8 +18,9 @@ from finetune_api.names import LABEL_JOB
 from finetune_operator.__main__ import build_parser
 from finetune_operator.kube.permissions import PERMISSIONS, Scope
 from finetune_operator.observe.metrics import Metrics
+from integration import peers
 from integration.jobs import Jobs, manifest, wait
-from testcluster import Cluster, binaries, gobuild
+from testcluster import Cluster
 
 Object = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -109,23 +110,10 @@ def values_keys(values: Object, path: str = "") -> set[str]:
     }
 
 
-PEERS = {  # where the kinds come from that the chart makes for other projects
-    ("github.com/cert-manager/cert-manager", "v1.19.0"): ["deploy/crds/cert-manager.io_certificates.yaml"],
-    ("github.com/prometheus-operator/prometheus-operator", "v0.85.0"): [
-        f"example/prometheus-operator-crd/monitoring.coreos.com_{kind}.yaml"
-        for kind in ("servicemonitors", "podmonitors", "prometheusrules")
-    ],
-}
-
-
 @pytest.fixture(scope="session")
-def peers(cluster: Cluster) -> None:
-    """The CRDs of cert-manager and of the Prometheus operator."""
-    for (module, version), files in PEERS.items():
-        folder = gobuild.module_folder(module, version, binaries.cache_dir())
-        for file in files:
-            cluster.kubectl("apply", "--server-side", "-f", str(folder / file))
-            cluster.wait_for_crd(yaml.safe_load((folder / file).read_text(encoding="utf-8"))["metadata"]["name"])
+def monitors_and_certificates(cluster: Cluster) -> None:
+    """The kinds that the chart makes for other projects."""
+    peers.install(cluster, peers.CERT_MANAGER, peers.PROMETHEUS_OPERATOR)
 
 
 # ---------------------------------------------------------------------------------------------------------- values --
@@ -137,7 +125,7 @@ def test_helm_lint_is_clean(helm_binary: Path) -> None:
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
 def test_every_rendering_is_taken_by_the_api_server(
-    cluster: Cluster, peers: None, helm_binary: Path, namespace: str, values: Object
+    cluster: Cluster, monitors_and_certificates: None, helm_binary: Path, namespace: str, values: Object
 ) -> None:
     for watched in values.get("watchNamespaces", []):
         cluster.kubectl("create", "namespace", watched, check=False)
