@@ -70,9 +70,10 @@ def life(jobs: Jobs, runner: PodRunner) -> None:
 # --------------------------------------------------------------------------------------------------- watchNamespaces --
 def test_with_watched_namespaces_jobs_complete_there_and_nowhere_else(cluster: Cluster, runner: PodRunner) -> None:
     a, b, elsewhere = (team(cluster, name) for name in ("team-a", "team-b", "elsewhere"))
+    operator = Operator(cluster, values=["watchNamespaces={team-a,team-b}"], arguments=["--restart-backoff-seconds=0.2"])
+    operator.install()
     elsewhere.apply(manifest("before"))
-    values = ["watchNamespaces={team-a,team-b}"]
-    with Operator(cluster, values=values, arguments=["--restart-backoff-seconds=0.2"]) as operator:
+    with operator:
         elsewhere.apply(manifest("after"))
         for jobs in (a, b):
             life(jobs, runner)
