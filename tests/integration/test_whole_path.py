@@ -121,7 +121,7 @@ def test_sigkill_of_trainer_and_of_operator_in_the_middle(
 
 
 def test_suspend_saves_first_and_resume_goes_on(jobs: Jobs, bucket: str, s3: S3Server) -> None:
-    made = job("paused", epochs=12)
+    made = job("paused", epochs=8)
     # Nothing but SIGTERM makes a checkpoint in the middle of this run.
     made["spec"] |= {"checkpoint": {"everySteps": NEVER}, "evaluation": {"everySteps": NEVER}}
     jobs.apply(made)
@@ -129,7 +129,7 @@ def test_suspend_saves_first_and_resume_goes_on(jobs: Jobs, bucket: str, s3: S3S
     assert "checkpoint" not in jobs.status("paused")
     jobs.patch("paused", {"suspend": True})
     saved = jobs.wait_state("paused", "Suspended")["checkpoint"]
-    assert 0 < saved["step"] < 12 * 150
+    assert 0 < saved["step"] < 8 * 150
     listed = s3.client().list_objects_v2(Bucket=BUCKET, Prefix="out/paused/checkpoints/")["Contents"]
     manifests = [
         f"s3://{BUCKET}/{o['Key'].removesuffix('/MANIFEST.json')}" for o in listed if o["Key"].endswith("/MANIFEST.json")
