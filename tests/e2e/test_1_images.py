@@ -22,12 +22,12 @@ module = sys.argv[1]
 help_ = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
 tools = ("cc", "c89", "c99", "gcc", "g++", "c++", "cpp", "clang", "make", "cmake", "ld", "as", "nvcc", "rustc", "go")
 places = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-size = subprocess.run(["du", "-sxm", "/"], capture_output=True, text=True).stdout.split()  # what it may not read is 0
+size = subprocess.run(["du", "-sx", "--block-size=MB", "/"], capture_output=True, text=True).stdout.split()  # what it may not read is 0
 print(json.dumps({
     "ids": [os.getuid(), os.getgid()], "help": [help_.returncode, help_.stderr, module in help_.stdout],
     "compilers": [t for t in tools if shutil.which(t, path=places)] + glob.glob("/usr/bin/*-gcc*") + glob.glob("/usr/lib/gcc*/*/*/cc1*"),
     "writable": [p for p in ("/", "/opt/finetune", "/usr", "/etc", "/var/tmp", "/tmp") if os.access(p, os.W_OK)],
-    "megabytes": int(size[0]),
+    "megabytes": int(size[0].removesuffix("MB")),
 }))
 """
 
