@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-E2E := $(if $(SMOKE),tests/e2e/test_1_smoke.py,tests/e2e)
+E2E := $(if $(SMOKE),$(wildcard tests/e2e/test_1_*.py),tests/e2e)
 # The test cluster is a tool of this checkout, not a part of the distribution.
 export PYTHONPATH := $(CURDIR)/hack/testcluster
 

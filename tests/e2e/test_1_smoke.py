@@ -16,6 +16,8 @@ from e2e.world import DATA, MODELS, RELEASE, ROOT, SYSTEM, World
 from integration.jobs import Jobs, Object, manifest, wait
 
 LABELS = ["negative", "neutral", "positive"]
+NEVER = 1_000_000
+"""Steps; more than any of these runs has."""
 EXAMPLE = ROOT / "examples/customer-feedback/finetunejob.yaml"
 
 
@@ -73,15 +75,20 @@ def test_the_example_as_it_is_in_the_readme(installed: World, jobs: Jobs, tmp_pa
     assert answered[0]["label"] in LABELS
 
 
-def test_suspended_in_the_middle_it_goes_on_from_its_checkpoint(jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "paused"))
-    saved = wait_checkpoint(jobs, "paused")
+def test_suspended_in_the_middle_it_saves_and_goes_on_from_there(jobs: Jobs) -> None:
+    made = job(jobs, "paused", epochs=40)
+    # Nothing but SIGTERM makes a checkpoint in the middle of this run.
+    made["spec"] |= {"checkpoint": {"everySteps": NEVER}, "evaluation": {"everySteps": NEVER}}
+    jobs.apply(made)
+    wait(lambda: jobs.status("paused").get("trainerStatus"), "progress", 120)
+    assert "checkpoint" not in jobs.status("paused")
     jobs.patch("paused", {"suspend": True})
-    saved = max(saved, jobs.wait_state("paused", "Suspended")["checkpoint"]["step"])
+    saved = jobs.wait_state("paused", "Suspended")["checkpoint"]["step"]
+    assert 0 < saved < 40 * 75
     wait(lambda: not jobs.list("pods"), "no pods while it is suspended", 60)
     jobs.patch("paused", {"suspend": False})
-    status = jobs.wait_state("paused", "Complete", 180)
-    assert status["resumedFrom"]["step"] >= saved
+    status = jobs.wait_state("paused", "Complete", 240)
+    assert status["resumedFrom"]["step"] == saved, "what SIGTERM saved is where it goes on"
     assert status["restarts"] == 0
 
 
@@ -177,7 +184,8 @@ print(json.dumps({
     "jobs with the token": ask("https://kubernetes.default.svc/apis/finetune.dev/v1alpha1/finetunejobs", token),
     "own": ask(progress, token, body, ca), "without a token": ask(progress, None, body, ca),
     "another job": ask(head + "/finetunejobs/other/attempts/1/progress", token, body, ca),
-    "another attempt": ask(progress.replace("/attempts/1/", "/attempts/7/"), token, body, ca),
+    "a later attempt": ask(progress.replace("/attempts/2/", "/attempts/7/"), token, body, ca),
+    "an older attempt": ask(progress.replace("/attempts/2/", "/attempts/1/"), token, body, ca),
     "another namespace": ask(progress.replace("/namespaces/" + os.environ["FINETUNE_NAMESPACE"], "/namespaces/default"), token, body, ca),
     "kubelet": ask("https://" + os.environ["NODE"] + ":10250/pods"),
     "uid": os.getuid(), "root is writable": os.access("/", os.W_OK) or os.access("/opt/finetune", os.W_OK),
@@ -187,10 +195,14 @@ print(json.dumps({
 
 def test_what_a_hostile_trainer_pod_reaches(installed: World, jobs: Jobs) -> None:
     jobs.apply(job(jobs, "other", epochs=500), job(jobs, "hostile", epochs=500))
-    pod = jobs.wait_pod("hostile-1")
+    # Its second attempt: there is an older one to speak for.
+    installed.kubectl("-n", jobs.namespace, "delete", "pod", jobs.wait_pod("hostile-1"), "--wait=false")
+    pod = jobs.wait_pod("hostile-2")
     jobs.wait_pod("other-1")
+    wait(lambda: jobs.status("hostile").get("attempt") == 2, "its second attempt")
     jobs.wait_state("hostile", "Running")
     jobs.wait_state("other", "Running")
+    assert jobs.get("hostile-1", "job"), "the Job of the older attempt is still there"
     node = f"NODE={jobs.get(pod, 'pod')['status']['hostIP']}"
     said = installed.kubectl("-n", jobs.namespace, "exec", "-i", pod, "--", "env", node, "python", "-", stdin=HOSTILE).stdout
     reached = json.loads(said)
@@ -204,7 +216,8 @@ def test_what_a_hostile_trainer_pod_reaches(installed: World, jobs: Jobs) -> Non
         "jobs with the token": 401,
         "without a token": 401,
         "another job": 403,
-        "another attempt": 403,
+        "a later attempt": 403,
+        "an older attempt": 403,
         "another namespace": 403,
         "kubelet": 401,
         "root is writable": False,

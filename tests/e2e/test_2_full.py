@@ -185,6 +185,7 @@ def test_uninstalled_and_installed_again_while_a_job_trains(installed: World, jo
     jobs.apply(job(jobs, "orphan", epochs=60))
     wait_checkpoint(jobs, "orphan")
     before = jobs.get(jobs.wait_pod("orphan-1"), "pod")["metadata"]["uid"]
+    installed.rights_change()
     installed.helm("uninstall", RELEASE, "--wait")
     assert not installed.kubectl("-n", SYSTEM, "get", "deployments", "-o", "name").stdout
     assert jobs.get(jobs.wait_pod("orphan-1"), "pod")["metadata"]["uid"] == before

@@ -1,16 +1,17 @@
 """Where the e2e tests run: the node in this sandbox (`make e2e`), or a cluster of yours (`make e2e KUBECONFIG=...`).
 
-A cluster of yours must be able to pull OPERATOR_IMAGE and TRAINER_IMAGE, and AWS_ENDPOINT_URL with its credentials must be an object store
-that this machine and its pods reach.
+What a cluster of yours needs is told by OF_YOURS.
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ ROOT = Path(__file__).parents[2]
 SYSTEM = "finetune-system"
 RELEASE = "finetune-operator"
 MODELS, DATA = "finetune-e2e-models", "customer-feedback"
+OF_YOURS = {
+    "OPERATOR_IMAGE": "the operator's image with its tag, where the cluster pulls it",
+    "TRAINER_IMAGE": "the trainer's",
+    "AWS_ENDPOINT_URL": "an object store that this machine and the cluster's pods reach",
+    "AWS_ACCESS_KEY_ID": "its credentials; they may create buckets",
+    "AWS_SECRET_ACCESS_KEY": "the same",
+    "AWS_REGION": "its region",
+}
+"""Environment variables that a run with KUBECONFIG needs besides."""
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 
 
@@ -38,6 +48,8 @@ class World:
     operator_image: str
     trainer_image: str
     node: Node | None = None
+    rights_end: dict[str, datetime] = field(default_factory=dict)
+    """Pods of the operator that were running when a test took rights away, and when that was."""
     programs: dict[str, Path] = field(default_factory=lambda: binaries.ensure(["kubectl", "helm"]))
 
     @property
@@ -86,6 +98,17 @@ class World:
             f"--set=jobDefaults.modelMirror=s3://{MODELS}",
         ]
 
+    def operator_pods(self) -> list[str]:
+        """Names of the operator's pods, also of those that are ending."""
+        selector = f"app.kubernetes.io/instance={RELEASE}"
+        listed = json.loads(self.kubectl("-n", SYSTEM, "get", "pods", "-l", selector, "-o", "json").stdout)["items"]
+        return [pod["metadata"]["name"] for pod in listed]
+
+    def rights_change(self) -> None:
+        """Before Helm changes roles: what the pods that run now are refused from here on is not a right that the chart forgot."""
+        for name in self.operator_pods():
+            self.rights_end.setdefault(name, datetime.now(UTC))
+
     def operator_logs(self) -> str:
         """Of the pods that run now."""
         return self.kubectl("-n", SYSTEM, "logs", f"deployment/{RELEASE}", "--tail=-1", check=False).stdout
@@ -119,14 +142,20 @@ class World:
         return name
 
 
+def _of_yours() -> dict[str, str]:
+    if missing := [name for name in OF_YOURS if not os.environ.get(name)]:
+        wanted = "; ".join(f"{name} ({OF_YOURS[name]})" for name in missing)
+        raise RuntimeError(f"KUBECONFIG is set, so the tests run in that cluster; these variables are not set: {wanted}")
+    return {name: os.environ[name] for name in OF_YOURS}
+
+
 @contextlib.contextmanager
 def world() -> Iterator[World]:
     """The cluster that the environment asks for."""
     if kubeconfig := os.environ.get("KUBECONFIG"):
-        aws = {
-            name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
-        }
-        yield World(Path(kubeconfig), aws, os.environ["OPERATOR_IMAGE"], os.environ["TRAINER_IMAGE"])
+        given = _of_yours()
+        aws = {name: value for name, value in given.items() if name.startswith("AWS_")}
+        yield World(Path(kubeconfig), aws, given["OPERATOR_IMAGE"], given["TRAINER_IMAGE"])
         return
     if not sandbox.inside():
         raise RuntimeError("run `make e2e`: it starts these tests in a sandbox with a node of their own")

@@ -18,8 +18,9 @@ from finetune_api.names import LABEL_JOB
 from finetune_operator.__main__ import build_parser
 from finetune_operator.kube.permissions import PERMISSIONS, Scope
 from finetune_operator.observe.metrics import Metrics
+from integration import peers
 from integration.jobs import Jobs, manifest, wait
-from testcluster import Cluster, binaries, gobuild
+from testcluster import Cluster
 
 Object = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -65,18 +66,28 @@ VALUES: dict[str, Object] = {
                 },
             },
         },
-        "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
-        "networkPolicy": {"enabled": True},
+        "extraEnv": [
+            {"name": "HTTPS_PROXY", "valueFrom": {"secretKeyRef": {"name": "proxy", "key": "url", "optional": True}}},
+            {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+        ],
+        "networkPolicy": {"enabled": True, "metricsFrom": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}]},
         "metrics": {"podMonitor": {"enabled": True, "interval": "1m"}, "prometheusRule": {"enabled": True, "labels": {"a": "b"}}},
         "log": {"level": "warning", "format": "json"},
         "watchNamespaces": ["default"],
         "serviceAccount": {"annotations": {"example.com/role": "tuner"}},
-        "resources": {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"memory": "2Gi"}},
+        "resources": {"requests": {"cpu": 0.5, "memory": "1Gi"}, "limits": {"memory": "2Gi", "example.com/nic": 1}},
         "podLabels": {"team": "ml"},
         "podAnnotations": {"prometheus.io/scrape": "true"},
         "nodeSelector": {"kubernetes.io/os": "linux"},
-        "tolerations": [{"key": "infra", "operator": "Exists"}],
-        "affinity": {"podAntiAffinity": {}},
+        "tolerations": [{"key": "infra", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}],
+        "affinity": {
+            "podAntiAffinity": {},
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {
+                    "nodeSelectorTerms": [{"matchExpressions": [{"key": "gpu", "operator": "DoesNotExist"}]}]
+                }
+            },
+        },
         "priorityClassName": "system-cluster-critical",
     },
 }
@@ -99,23 +110,10 @@ def values_keys(values: Object, path: str = "") -> set[str]:
     }
 
 
-PEERS = {  # where the kinds come from that the chart makes for other projects
-    ("github.com/cert-manager/cert-manager", "v1.19.0"): ["deploy/crds/cert-manager.io_certificates.yaml"],
-    ("github.com/prometheus-operator/prometheus-operator", "v0.85.0"): [
-        f"example/prometheus-operator-crd/monitoring.coreos.com_{kind}.yaml"
-        for kind in ("servicemonitors", "podmonitors", "prometheusrules")
-    ],
-}
-
-
 @pytest.fixture(scope="session")
-def peers(cluster: Cluster) -> None:
-    """The CRDs of cert-manager and of the Prometheus operator."""
-    for (module, version), files in PEERS.items():
-        folder = gobuild.module_folder(module, version, binaries.cache_dir())
-        for file in files:
-            cluster.kubectl("apply", "--server-side", "-f", str(folder / file))
-            cluster.wait_for_crd(yaml.safe_load((folder / file).read_text(encoding="utf-8"))["metadata"]["name"])
+def monitors_and_certificates(cluster: Cluster) -> None:
+    """The kinds that the chart makes for other projects."""
+    peers.install(cluster, peers.CERT_MANAGER, peers.PROMETHEUS_OPERATOR)
 
 
 # ---------------------------------------------------------------------------------------------------------- values --
@@ -127,7 +125,7 @@ def test_helm_lint_is_clean(helm_binary: Path) -> None:
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
 def test_every_rendering_is_taken_by_the_api_server(
-    cluster: Cluster, peers: None, helm_binary: Path, namespace: str, values: Object
+    cluster: Cluster, monitors_and_certificates: None, helm_binary: Path, namespace: str, values: Object
 ) -> None:
     for watched in values.get("watchNamespaces", []):
         cluster.kubectl("create", "namespace", watched, check=False)
@@ -160,6 +158,26 @@ def test_every_rendering_is_taken_by_the_api_server(
         ({"watchNamespaces": ["Team A"]}, "watchNamespaces"),
         ({"jobDefaults": {"modelMirror": "models"}}, "modelMirror"),
         ({"log": {"level": "loud"}}, "level"),
+        ({"extraEnv": [{"nam": "X"}]}, "nam"),
+        ({"extraEnv": [{"name": "X", "valeu": "y"}]}, "valeu"),
+        ({"extraEnv": [{"name": "X", "value": 1}]}, "value"),
+        ({"extraEnv": [{"name": "X", "valueFrom": {"secretRef": {"name": "a"}}}]}, "secretRef"),
+        ({"extraEnv": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "a"}}}]}, "key"),
+        ({"resources": {"limit": {"memory": "1Gi"}}}, "limit"),
+        ({"resources": {"limits": {"mem": "1Gi"}}}, "mem"),
+        ({"resources": {"limits": {"memory": "1GiB"}}}, "memory"),
+        ({"resources": {"requests": {"cpu": -1}}}, "cpu"),
+        ({"tolerations": [{"kye": "gpu"}]}, "kye"),
+        ({"tolerations": [{"key": "gpu", "operator": "Exist"}]}, "operator"),
+        ({"tolerations": [{"key": "gpu", "effect": "NoScedule"}]}, "effect"),
+        ({"affinity": {"podAntiAfinity": {}}}, "podAntiAfinity"),
+        ({"affinity": {"nodeAffinity": {"required": {}}}}, "required"),
+        ({"networkPolicy": {"metricsFrom": [{"nameSpaceSelector": {}}]}}, "nameSpaceSelector"),
+        ({"networkPolicy": {"metricsFrom": [{"podSelector": {"app": "prometheus"}}]}}, "app"),
+        ({"jobDefaults": {"podTemplate": {"spec": {"tolerations": [{"kye": "gpu"}]}}}}, "kye"),
+        ({"jobDefaults": {"podTemplate": {"spec": {"affinity": {"nodeAfinity": {}}}}}}, "nodeAfinity"),
+        ({"jobDefaults": {"podTemplate": {"spec": {"volumes": [{"name": "ca", "configmap": {"name": "x"}}]}}}}, "configmap"),
+        ({"jobDefaults": {"podTemplate": {"spec": {"volumes": [{"name": "finetune-ca", "emptyDir": {}}]}}}}, "volumes"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
 )
@@ -167,6 +185,40 @@ def test_a_mistake_in_values_is_refused_by_name(helm_binary: Path, values: Objec
     with pytest.raises(chart.RefusedError) as error:
         chart.render(helm_binary, "default", values)
     assert said in str(error.value)
+
+
+CORE = {  # what the schema copies of Kubernetes -> where the API server keeps it
+    "envVar": "EnvVar",
+    "resources": "ResourceRequirements",
+    "toleration": "Toleration",
+    "affinity": "Affinity",
+    "volume": "Volume",
+    "networkPolicyPeer": "NetworkPolicyPeer",
+}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_what_is_closed_is_what_the_api_server_knows(cluster: Cluster, name: str) -> None:
+    """A key that a newer Kubernetes adds fails here, not at a user's."""
+    documents = [
+        cluster.kubectl("get", "--raw", f"/openapi/v3/{path}").stdout for path in ("api/v1", "apis/networking.k8s.io/v1")
+    ]
+    served = {key: schema for text in documents for key, schema in json.loads(text)["components"]["schemas"].items()}
+    ours = json.loads((chart.CHART / "values.schema.json").read_text(encoding="utf-8"))["definitions"]
+
+    def compare(mine: Object, theirs: Object, path: str) -> None:
+        mine = ours[mine["$ref"].rpartition("/")[2]] if "$ref" in mine else mine
+        [theirs] = [served[r["$ref"].rpartition("/")[2]] for r in theirs.get("allOf", [])] or [theirs]
+        if "items" in mine:
+            compare(mine["items"], theirs["items"], f"{path}[]")
+        if mine.get("additionalProperties") is False:
+            assert mine["properties"].keys() == theirs["properties"].keys(), path
+            assert set(mine.get("required", [])) <= set(theirs["properties"]), path
+            for key, child in mine["properties"].items():
+                compare(child, theirs["properties"][key], f"{path}.{key}")
+
+    [schema] = [schema for key, schema in served.items() if re.fullmatch(rf"io\.k8s\.api\..+\.v1\.{CORE[name]}", key)]
+    compare(ours[name], schema, name)
 
 
 def test_every_value_has_a_schema_a_default_and_a_comment() -> None:
@@ -357,7 +409,7 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
     # What the kubelet does with "$$(".
     expected = {k: v for k, v in VALUES["everything"]["jobDefaults"].items() if k not in ("image", "modelMirror")}
     assert json.loads(defaults.replace("$$(", "$(")) == expected
-    assert container["env"][-1] == VALUES["everything"]["extraEnv"][0]
+    assert container["env"][-2:] == VALUES["everything"]["extraEnv"]
     ports = {p["name"]: p["containerPort"] for p in container["ports"]}
     assert {p["targetPort"]: p["port"] for p in service["spec"]["ports"]} == ports == {"progress": 8443, "metrics": 8080}
     labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]

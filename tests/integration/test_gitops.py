@@ -4,7 +4,6 @@ The jobs of every state are made by the operator and scripted pods. The CEL runs
 """
 
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from integration import chart
+from integration import chart, peers
 from integration.jobs import Jobs, manifest, wait
 from integration.test_operator_progress import Pod
 from testcluster import Cluster, PodRunner, PodScript, fail, hang, succeed, unschedulable
@@ -28,7 +27,6 @@ MARKS = {  # what the two write onto everything that they apply
 }
 
 Object = dict[str, Any]
-Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def documents(path: Path) -> list[Object]:
@@ -269,24 +267,69 @@ def test_a_pause_by_hand_is_not_set_back(jobs: Jobs) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- manifests --
-REQUIRED = {
-    ("argoproj.io/v1alpha1", "Application"): {"project", "source", "destination"},
-    ("source.toolkit.fluxcd.io/v1", "GitRepository"): {"interval", "url"},
-    ("helm.toolkit.fluxcd.io/v2", "HelmRelease"): {"interval", "chart"},
-    ("kustomize.toolkit.fluxcd.io/v1", "Kustomization"): {"interval", "sourceRef", "path", "prune"},
-}
-KNOWN = {("v1", "ConfigMap"), ("finetune.dev/v1alpha1", "FineTuneJob")}
+MANIFESTS = sorted(GITOPS.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", sorted(GITOPS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(GITOPS)))
-def test_every_manifest_is_right(operator: Operator, kubectl: Kubectl, namespace: str, path: Path) -> None:
+@pytest.fixture(scope="module")
+def create(cluster: Cluster, operator: Operator) -> Callable[[Object, str], str]:
+    """What the API server says to an object in a namespace; it has the kinds of Argo CD and of Flux, and takes no unknown field."""
+    peers.install(cluster, peers.ARGO_CD, peers.FLUX_SOURCES, peers.FLUX_HELM, peers.FLUX_KUSTOMIZE)
+
+    def ask(document: Object, namespace: str) -> str:
+        document = {**document, "metadata": {**document["metadata"], "namespace": namespace}}
+        words = ("create", "--dry-run=server", "--validate=strict", "-f", "-")
+        return cluster.kubectl(*words, stdin=json.dumps(document), check=False).stderr
+
+    return ask
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: str(p.relative_to(GITOPS)))
+def test_every_manifest_is_right(create: Callable[[Object, str], str], namespace: str, path: Path) -> None:
     for document in documents(path):
-        kind = (document["apiVersion"], document["kind"])
-        if kind in KNOWN:
-            document["metadata"]["namespace"] = namespace
-            kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(document))
-        else:
-            assert REQUIRED[kind] <= set(document["spec"])
+        assert create(document, namespace) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("argocd/jobs.yaml", "syncOptions", "syncOption"),
+        ("argocd/jobs.yaml", "selfHeal", "selfheal"),
+        ("argocd/operator.yaml", "valuesObject", "valueObject"),
+        ("argocd/operator.yaml", "managedNamespaceMetadata", "managedNamespace"),
+        ("flux/jobs.yaml", "healthCheckExprs", "healthCheckExpr"),
+        ("flux/jobs.yaml", "inProgress", "progressing"),
+        ("flux/operator.yaml", "remediation", "remediaton"),
+        ("flux/operator.yaml", "reconcileStrategy", "strategy"),
+    ],
+)
+def test_a_misspelt_field_would_be_found(
+    create: Callable[[Object, str], str], namespace: str, path: str, old: str, new: str
+) -> None:
+    misspelt = (GITOPS / path).read_text(encoding="utf-8").replace(f"{old}:", f"{new}:")
+    said = [create(document, namespace) for document in yaml.safe_load_all(misspelt)]
+    assert 'unknown field "spec.' in "".join(said)
+    assert new in "".join(said)
+
+
+def test_what_is_free_text_for_the_api_server_is_what_argo_cd_knows() -> None:
+    """Keys of argocd-cm, options and annotations: looked up in Argo CD's own manual and types."""
+    argo_cd = peers.folder(peers.ARGO_CD)
+    manual = "\n".join(path.read_text(encoding="utf-8") for path in sorted((argo_cd / "docs/user-guide").glob("*.md")))
+    known = yaml.safe_load((argo_cd / "docs/operator-manual/argocd-cm.yaml").read_text(encoding="utf-8"))["data"]
+    customizations = {key.split(".")[2] for key in known if key.startswith("resource.customizations.")}
+    types = (argo_cd / "pkg/apis/application/v1alpha1/types.go").read_text(encoding="utf-8")
+    for path in sorted((GITOPS / "argocd").glob("*.yaml")):
+        for document in documents(path):
+            for key, value in document["metadata"].get("annotations", {}).items():
+                assert f"{key}: {value}" in manual
+            for option in document.get("spec", {}).get("syncPolicy", {}).get("syncOptions", []):
+                assert f"- {option}\n" in manual, option
+            for key, text in document.get("data", {}).items():
+                first, second, what, *kind = key.split(".")
+                assert (first, second, ".".join(kind)) == ("resource", "customizations", "finetune.dev_FineTuneJob")
+                assert what in customizations
+                if what.startswith("ignore"):
+                    assert [field for field in yaml.safe_load(text) if f'json:"{field}"' not in types] == []
 
 
 @pytest.mark.parametrize("path", ["argocd/operator.yaml", "flux/operator.yaml"])

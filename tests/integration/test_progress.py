@@ -111,6 +111,9 @@ def test_an_older_attempt_is_not_heard(poster: Poster, runner: PodRunner) -> Non
     code, text = poster.post(token)
     # The API server refuses tokens of a pod that is gone; a finished pod that is still there is refused by us.
     assert code in (401, 409), text
+    # Nor does the new attempt's pod speak for the old one.
+    code, text = poster.post(poster.token(poster.jobs.wait_pod("mine-2")), attempt=1)
+    assert (code, json.loads(text)["message"]) == (403, "the token is not of this attempt's pod")
 
 
 def test_a_bad_body_is_told_with_the_field(poster: Poster) -> None:

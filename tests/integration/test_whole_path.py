@@ -21,6 +21,8 @@ from testcluster.operator import Operator
 
 BUCKET = "whole-path"
 LABELS = ["negative", "neutral", "positive"]
+NEVER = 1_000_000
+"""Steps; more than any of these runs has."""
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +120,24 @@ def test_sigkill_of_trainer_and_of_operator_in_the_middle(
     assert killed["result"]["metrics"] == unharmed["result"]["metrics"]
 
 
-def test_suspend_saves_first_and_resume_goes_on(jobs: Jobs, bucket: str) -> None:
-    jobs.apply(job("paused", epochs=6))
-    wait(lambda: jobs.status("paused").get("checkpoint"), "a checkpoint in the status")
+def test_suspend_saves_first_and_resume_goes_on(jobs: Jobs, bucket: str, s3: S3Server) -> None:
+    made = job("paused", epochs=8)
+    # Nothing but SIGTERM makes a checkpoint in the middle of this run.
+    made["spec"] |= {"checkpoint": {"everySteps": NEVER}, "evaluation": {"everySteps": NEVER}}
+    jobs.apply(made)
+    wait(lambda: jobs.status("paused").get("trainerStatus"), "progress")
+    assert "checkpoint" not in jobs.status("paused")
     jobs.patch("paused", {"suspend": True})
-    status = jobs.wait_state("paused", "Suspended")
-    saved = status["checkpoint"]["step"]
+    saved = jobs.wait_state("paused", "Suspended")["checkpoint"]
+    assert 0 < saved["step"] < 8 * 150
+    listed = s3.client().list_objects_v2(Bucket=BUCKET, Prefix="out/paused/checkpoints/")["Contents"]
+    manifests = [
+        f"s3://{BUCKET}/{o['Key'].removesuffix('/MANIFEST.json')}" for o in listed if o["Key"].endswith("/MANIFEST.json")
+    ]
+    assert manifests == [saved["uri"]]
     jobs.patch("paused", {"suspend": False})
     status = jobs.wait_state("paused", "Complete")
-    assert status["resumedFrom"]["step"] >= saved
+    assert status["resumedFrom"]["step"] == saved["step"], "what SIGTERM saved is where it goes on"
     assert status["restarts"] == 0
 
 

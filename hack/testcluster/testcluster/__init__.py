@@ -14,6 +14,7 @@ Cluster and storage::
         cluster.issue_server_certificate("progress", ["localhost", "127.0.0.1"])   # -> (cert Path, key Path) from the same CA
         cluster.stop_component("kube-apiserver"); cluster.start_component("kube-apiserver")   # outages; same port, same data
     Cluster(audit=True).audit_log                 # Path of the audit log (level Metadata), one JSON object a line
+    audit.requests(cluster.audit_log, account)    # what one account asked for, and what it was refused
     Cluster(controllers=("pod-garbage-collector-controller",))   # more controllers than the default ones
 
     with S3Server() as s3:                        # versitygw: honours If-None-Match (412), verifies checksums (400)

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import yaml
 
@@ -47,8 +47,11 @@ class Operator:
         trainer_image: str = "finetune-trainer",
         arguments: list[str] | None = None,
         env: dict[str, str] | None = None,
+        values: list[str] | None = None,
     ) -> None:
+        """With `values` (`--set` arguments) the command line is the one of the chart's Deployment; `arguments` come last and win."""
         self.cluster = cluster
+        self.values = values
         self.namespace = namespace
         self.folder = Path(tempfile.mkdtemp(prefix="finetune-operator-"))
         self.log = self.folder / "operator.log"
@@ -58,6 +61,8 @@ class Operator:
         self.arguments = arguments or []
         self.env = env or {}
         self.process: Child | None = None
+        self.secret = ""
+        self.chart_arguments: list[str] = []
 
     def __enter__(self) -> Self:
         self.install()
@@ -68,16 +73,19 @@ class Operator:
         self.stop()
 
     def install(self) -> None:
-        """The chart's objects, without the Deployment: the process stands in for its pod."""
+        """The chart's objects, without the Deployment: the process stands in for its pod. Nor is there a cert-manager."""
         self.cluster.kubectl("create", "namespace", self.namespace, check=False)
-        objects = [o for o in render(namespace=self.namespace) if o["kind"] != "Deployment"]
+        rendered = render(self.values, namespace=self.namespace)
+        pod: Any = next(o for o in rendered if o["kind"] == "Deployment")["spec"]
+        self.chart_arguments = pod["template"]["spec"]["containers"][0]["args"]
+        objects = [o for o in rendered if o["kind"] not in ("Deployment", "Certificate")]
         crds = [o for o in objects if o["kind"] == "CustomResourceDefinition"]
         rest = [o for o in objects if o["kind"] != "CustomResourceDefinition"]
         self.cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(crds))
         self.cluster.wait_for_crd("finetunejobs.finetune.dev")
         self.cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(rest))
         account = next(str(o["metadata"]["name"]) for o in objects if o["kind"] == "ServiceAccount")  # type: ignore[index]
-        self.secret = next(str(o["metadata"]["name"]) for o in objects if o["kind"] == "Secret")  # type: ignore[index]
+        self.secret = next((str(o["metadata"]["name"]) for o in objects if o["kind"] == "Secret"), "")  # type: ignore[index]
         token = self.cluster.kubectl(
             "-n", self.namespace, "create", "token", account, f"--duration={TOKEN_HOURS}h"
         ).stdout.strip()
@@ -88,22 +96,23 @@ class Operator:
 
     def command(self) -> list[str]:
         """The operator's command line."""
-        return [
-            *(
-                sys.executable,
-                "-m",
-                "finetune_operator",
-                f"--kubeconfig={self.kubeconfig}",
-                f"--trainer-image={self.trainer_image}",
-            ),
-            *(f"--progress-url=https://127.0.0.1:{self.progress_port}", f"--progress-bind=127.0.0.1:{self.progress_port}"),
-            *(
-                f"--metrics-bind=127.0.0.1:{self.metrics_port}",
-                f"--own-namespace={self.namespace}",
-                f"--tls-secret={self.secret}",
-            ),
-            *self.arguments,
-        ]
+        here = {
+            "--kubeconfig": str(self.kubeconfig),
+            "--trainer-image": self.trainer_image,
+            "--progress-url": f"https://127.0.0.1:{self.progress_port}",
+            "--progress-bind": f"127.0.0.1:{self.progress_port}",
+            "--metrics-bind": f"127.0.0.1:{self.metrics_port}",
+            "--own-namespace": self.namespace,
+        }
+        if self.values is None:
+            here["--tls-secret"] = self.secret
+            rest = []
+        else:
+            here["--pod-ip"] = "127.0.0.1"
+            # What the kubelet does with "$$(".
+            rest = [word.replace("$$(", "$(") for word in self.chart_arguments if word.partition("=")[0] not in here]
+        flags = [f"{flag}={value}" for flag, value in here.items()]
+        return [sys.executable, "-m", "finetune_operator", *flags, *rest, *self.arguments]
 
     def start(self) -> None:
         """Started and ready."""

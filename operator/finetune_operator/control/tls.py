@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 CA_DAYS = 3650
 LEAF_DAYS = 90
 RENEW_LEAF_SECONDS = 86400.0
-READ_FILES_SECONDS = 60.0
+READ_FILES_SECONDS = 10.0
 CERT_KEY, KEY_KEY = "ca.crt", "ca.key"
 
 
