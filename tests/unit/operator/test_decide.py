@@ -207,6 +207,14 @@ def test_what_a_restart_cannot_cure_fails_at_once_with_the_trainers_sentence(rea
     assert world.created == ["ft-1"]
 
 
+def test_the_sentence_counts_and_not_the_exit_code_which_is_torchruns() -> None:
+    world = running()
+    world.end("ft-1", 1, json.dumps({"outcome": "Failed", "reason": "OutputExists", "message": "because"}))
+    world.reconcile()
+    assert world.condition("Failed")["reason"] == "OutputExists"
+    assert world.created == ["ft-1"]
+
+
 def test_a_job_that_a_newer_operator_began_is_left_alone() -> None:
     world = running()
     before = world.status
