@@ -169,7 +169,11 @@ class Checkpoints:
         """A newer execution has begun: what this one writes no longer counts, and it must not delete what the newer one needs."""
         newest = max(int(k[11:-5]) for k in self.store.list("executions/"))
         if newest > self.execution:
-            raise TrainingFailure("Interrupted", f"execution {newest} of this training has taken over from this one")
+            raise TrainingFailure(
+                "Superseded",
+                f"execution {newest} has taken over {self.store.uri} from this one, execution {self.execution}: if another job of the "
+                "same recipe writes there too, give each an output.storageUri of its own",
+            )
 
     def _commit(self, step: int, folder: Path, best: str | None, done: Callable[[Checkpoint], None]) -> None:
         try:
@@ -188,7 +192,7 @@ class Checkpoints:
                 "files": files,
             }
             if not self.store.put_if_absent(f"{name}/{MANIFEST}", json.dumps(manifest).encode()):
-                raise TrainingFailure("Interrupted", f"{self.store.uri}/{name} was committed by somebody else")
+                raise TrainingFailure("Superseded", f"{self.store.uri}/{name} was committed by somebody else")
             shutil.rmtree(folder)
             self._check_not_replaced()
             done(Checkpoint(name, manifest))
