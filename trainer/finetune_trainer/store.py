@@ -12,7 +12,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlparse
 
@@ -117,8 +117,8 @@ class FolderStore:
         with self._errors(key):
             (self.root / key).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the first folder that is not empty ends it
-                for folder in (self.root / key).parents:
-                    folder.rmdir()
+                for folder in list(PurePosixPath(key).parents)[:-1]:  # the root is not ours to remove
+                    (self.root / folder).rmdir()
 
     def check(self, *, writable: bool = False) -> None:
         with self._errors(""):

@@ -78,7 +78,11 @@ def test_a_replaced_execution_ends_and_deletes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailure, match=r"execution 2 has taken over .*output\.storageUri of its own") as failed:
         old.wait()
     # As Interrupted, which is not counted, two jobs with one recipe and one output took it from each other without end.
-    assert (failed.value.failure.reason, failed.value.failure.retriable, failed.value.failure.counted) == ("Superseded", True, True)
+    assert (failed.value.failure.reason, failed.value.failure.retriable, failed.value.failure.counted) == (
+        "Superseded",
+        True,
+        True,
+    )
     assert set(before) <= set(FolderStore(tmp_path / "store").list())
 
 
