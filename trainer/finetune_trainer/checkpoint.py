@@ -13,10 +13,11 @@ that was only thought dead may go on writing: its steps beyond the point where a
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.store import Missing, Store, is_plain
 
 MANIFEST = "MANIFEST.json"
+_EXECUTION = re.compile(r"executions/([0-9]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Checkpoints:
     def committed(self) -> list[Checkpoint]:
         """All committed checkpoints of this recipe that count, newest first."""
         keys = self.store.list()
-        parents = {int(k[11:-5]): self._json(k)["parent"] for k in keys if k.startswith("executions/") and k.endswith(".json")}
+        parents = {n: parent for n, key in _executions(keys).items() if (parent := self._parent(key)) is not None}
         found = []
         for key in keys:
             if key.endswith(f"/{MANIFEST}") and key.startswith("step-") and (manifest := self._manifest(key)):
@@ -122,6 +124,14 @@ class Checkpoints:
         value: dict[str, Any] = json.loads(self.store.get(key))
         return value
 
+    def _parent(self, key: str) -> int | None:
+        """The step that an execution began from; None for one that died while it wrote that down, and so never began."""
+        try:
+            return int(self._json(key)["parent"])
+        except (ValueError, KeyError, TypeError):
+            self.log(f"{self.store.uri}/{key} is not used: it is not one of ours")
+            return None
+
     def _manifest(self, key: str) -> dict[str, Any] | None:
         try:
             manifest = self._json(key)
@@ -137,7 +147,7 @@ class Checkpoints:
     # --------------------------------------------------------------------------------------------------------- write --
     def begin(self, parent: int) -> None:
         """Registers this execution as the newest; what older ones write beyond `parent` does not count from now on."""
-        number = max([0, *(int(k[11:-5]) for k in self.store.list("executions/"))]) + 1
+        number = max(_executions(self.store.list("executions/")), default=0) + 1
         # The id tells our own entry from that of an execution that begins in the same second (put_if_absent compares content).
         data = json.dumps({"parent": parent, "time": _now(), "id": uuid.uuid4().hex}).encode()
         while not self.store.put_if_absent(f"executions/{number:04d}.json", data):
@@ -167,7 +177,7 @@ class Checkpoints:
 
     def _check_not_replaced(self) -> None:
         """A newer execution has begun: what this one writes no longer counts, and it must not delete what the newer one needs."""
-        newest = max(int(k[11:-5]) for k in self.store.list("executions/"))
+        newest = max(_executions(self.store.list("executions/")), default=0)
         if newest > self.execution:
             raise TrainingFailure(
                 "Superseded",
@@ -209,6 +219,11 @@ class Checkpoints:
                 self.store.delete(f"{old.name}/{MANIFEST}")  # first: from here on the step does not exist
                 for file in old.manifest["files"]:
                     self.store.delete(f"{old.name}/{file['path']}")
+
+
+def _executions(keys: Iterable[str]) -> dict[int, str]:
+    """Keys of executions by number; people and consoles leave other things beside them."""
+    return {int(match[1]): key for key in keys if (match := _EXECUTION.fullmatch(key))}
 
 
 def _sha256(path: Path) -> str:

@@ -206,7 +206,9 @@ class S3Store:
         with self._errors(prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
             cut = len(self.prefix) + 1 if self.prefix else 0
-            return sorted(o["Key"][cut:] for page in pages for o in page.get("Contents", []))
+            found = (o for page in pages for o in page.get("Contents", []))
+            # Empty objects whose name ends in "/" stand for folders, where a console or a mounted bucket has made them.
+            return sorted(o["Key"][cut:] for o in found if o["Size"] > 0 or not o["Key"].endswith("/"))
 
     def delete(self, key: str) -> None:
         with self._errors(key):

@@ -3,9 +3,24 @@
 The faults come over the wire, from a server of this file, because a real server gives none of them on request.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from finetune_trainer.store import FolderStore
+import pytest
+from wire import Wire, serve
+
+from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.store import FolderStore, fetch_folder, open_store
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    with serve(monkeypatch) as running:
+        yield running
+
+
+def checkpoints(uri: str, scratch: Path) -> Checkpoints:
+    return Checkpoints(open_store(uri), scratch, "d" * 64, keep_last=1, overwrite=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- folders --
@@ -21,3 +36,26 @@ def test_deleting_removes_empty_folders_below_the_root_only(tmp_path: Path) -> N
     assert [p.name for p in (store.root / "a").iterdir()] == ["d"]
     store.delete("a/d")
     assert list(store.root.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------------ s3 --
+def test_what_consoles_leave_for_a_folder_is_no_file(wire: Wire, tmp_path: Path) -> None:
+    # "'' is no name of a file", or a file where a folder was to be.
+    wire.objects |= {"models/": b"", "models/sub/": b"", "models/sub/x": b"1", "models/config.json": b"{}"}
+    store = open_store("s3://bucket/models")
+    assert store.list() == ["config.json", "sub/x"]
+    assert fetch_folder(store, tmp_path / "model") == 2
+    assert (tmp_path / "model/sub/x").read_bytes() == b"1"
+
+
+def test_strangers_among_the_executions_are_passed_over(wire: Wire, tmp_path: Path) -> None:
+    # int("") was told as UserCodeError, and the job restarted until it failed.
+    wire.objects |= {f"out/executions/{name}": b"" for name in ("", "0001.json.bak", ".json", "notes.json")}
+    wire.objects["out/executions/0006.json"] = (
+        b'{"par'  # a death in the middle of it, where a store allows that: it has never begun
+    )
+    made = checkpoints("s3://bucket/out", tmp_path)
+    assert made.restore() is None
+    made.begin(0)
+    assert made.execution == 7
+    made._check_not_replaced()
