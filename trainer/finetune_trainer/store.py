@@ -8,8 +8,10 @@ import base64
 import contextlib
 import errno
 import os
+import random
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -31,6 +33,8 @@ DENIED = {
     "ExpiredToken",
     "InvalidToken",
 }
+CONFLICT_TRIES, CONFLICT_WAIT = 6, 0.05
+"""Tries of a conditional write, and seconds: the wait between two doubles up to 1.6 s."""
 MISSING = {"NoSuchKey", "404", "NotFound"}
 
 
@@ -176,15 +180,23 @@ class S3Store:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
-        with self._errors(key):
-            try:
-                self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
-            except ClientError as error:
-                if _code(error) in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}:
-                    # A retried request may have met its own first try: what is there then is ours.
-                    return self.get(key) == data
-                raise
-        return True
+        tried = 0
+        while True:
+            tried += 1
+            with self._errors(key):
+                try:
+                    self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                except ClientError as error:
+                    if (status := _status(error)) == 412:
+                        with contextlib.suppress(Missing):  # deleted meanwhile
+                            # A retried request may have met its own first try: what is there then is ours.
+                            return self.get(key) == data
+                    # 409: another one is being written. S3 says to try again: neither of the two may have won.
+                    if status not in {409, 412} or tried == CONFLICT_TRIES:
+                        raise
+                else:
+                    return True
+            time.sleep(random.uniform(0.5, 1.0) * CONFLICT_WAIT * 2**tried)
 
     def get(self, key: str) -> bytes:
         with self._errors(key):
@@ -293,7 +305,7 @@ def _s3_client() -> "S3Client":
 
 def is_plain(path: str) -> bool:
     """Whether it stays below the folder that it is joined to: names in a bucket and in a manifest may be anything."""
-    return bool(path) and not path.startswith("/") and ".." not in path.split("/") and "\\" not in path
+    return bool(path) and not path.startswith("/") and not path.endswith("/") and ".." not in path.split("/") and "\\" not in path
 
 
 def fetch_folder(store: Store, folder: Path) -> int:

@@ -10,6 +10,7 @@ import pytest
 from wire import Wire, serve
 
 from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.store import FolderStore, fetch_folder, open_store
 
 
@@ -59,3 +60,29 @@ def test_strangers_among_the_executions_are_passed_over(wire: Wire, tmp_path: Pa
     made.begin(0)
     assert made.execution == 7
     made._check_not_replaced()
+
+
+CONFLICT = (409, "ConditionalRequestConflict")
+
+
+def test_two_conditional_writes_at_once_are_tried_again(wire: Wire) -> None:
+    # It looked for the object of the other writer, which was not there yet either; that was told as UserCodeError.
+    wire.faults["PUT key"] = [CONFLICT, CONFLICT]
+    assert open_store("s3://bucket").put_if_absent("key", b"mine")
+    assert wire.objects["key"] == b"mine"
+    wire.faults["PUT key"] = [CONFLICT]
+    assert not open_store("s3://bucket").put_if_absent("key", b"late")
+
+
+def test_what_is_deleted_while_it_is_looked_at_is_tried_again(wire: Wire) -> None:
+    wire.faults["PUT key"] = [(412, "PreconditionFailed")]
+    assert open_store("s3://bucket").put_if_absent("key", b"mine")
+
+
+def test_conflicts_without_end_are_told(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_trainer.store.CONFLICT_WAIT", 0.001)
+    wire.faults["PUT key"] = [CONFLICT] * 100
+    with pytest.raises(TrainingFailure, match="the storage answered ConditionalRequestConflict") as failed:
+        open_store("s3://bucket").put_if_absent("key", b"mine")
+    assert failed.value.failure.reason == "StorageUnavailable"
+    assert len(wire.asked) < 10
