@@ -33,6 +33,8 @@ DENIED = {
     "ExpiredToken",
     "InvalidToken",
 }
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What file systems without hard links say to one."""
 CONFLICT_TRIES, CONFLICT_WAIT = 6, 0.05
 """Tries of a conditional write, and seconds: the wait between two doubles up to 1.6 s."""
 MISSING = {"NoSuchKey", "404", "NotFound"}
@@ -74,7 +76,11 @@ def open_store(uri: str, s3_root: Path | None = None) -> Store:
 
 
 class FolderStore:
-    """A folder; writes are atomic by rename and durable by fsync."""
+    """A folder; writes are atomic by rename and durable by fsync of the file and of the folder that holds its name.
+
+    `put_if_absent` is atomic by a hard link. On a file system without them (a mounted bucket, a share of Windows) it creates the file and
+    fills it: still only one of many writers wins, but a reader, and a death in between, may see half of it. Checkpoints allow for that.
+    """
 
     def __init__(self, root: Path, uri: str | None = None) -> None:
         self.root = root
@@ -83,17 +89,23 @@ class FolderStore:
     def put(self, key: str, data: bytes) -> None:
         with self._errors(key), self._temporary(key) as temporary:
             temporary.write_bytes(data)
-            _sync(temporary)
-            temporary.replace(self.root / key)
+            self._rename(temporary, key)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        target = self.root / key
         with self._errors(key), self._temporary(key) as temporary:
             temporary.write_bytes(data)
             _sync(temporary)
             try:
-                os.link(temporary, self.root / key)  # unlike rename, link refuses an existing name
+                os.link(temporary, target)  # unlike rename, link refuses an existing name
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                if not _create(target, data):
+                    return False
+            _sync(target.parent)
         return True
 
     def get(self, key: str) -> bytes:
@@ -103,8 +115,7 @@ class FolderStore:
     def upload(self, path: Path, key: str) -> None:
         with self._errors(key), self._temporary(key) as temporary:
             shutil.copyfile(path, temporary)
-            _sync(temporary)
-            temporary.replace(self.root / key)
+            self._rename(temporary, key)
 
     def download(self, key: str, path: Path) -> None:
         with self._errors(key):
@@ -138,7 +149,10 @@ class FolderStore:
     @contextlib.contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
         target = self.root / key
+        missing = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            _sync(folder.parent)
         # Not mkstemp: its files are for their owner alone, and a model is for others too.
         path = target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")
         path.touch(exist_ok=False)
@@ -146,6 +160,11 @@ class FolderStore:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+    def _rename(self, temporary: Path, key: str) -> None:
+        _sync(temporary)
+        temporary.replace(self.root / key)
+        _sync((self.root / key).parent)
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -160,8 +179,33 @@ class FolderStore:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """The content of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no fsync of folders: there the server decides when a name is durable.
+        if not (path.is_dir() and error.errno in {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Writes a new file under its own name; False if there is one already."""
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    with file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    return True
 
 
 class S3Store:

@@ -3,6 +3,9 @@
 The faults come over the wire, from a server of this file, because a real server gives none of them on request.
 """
 
+import errno
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +40,70 @@ def test_deleting_removes_empty_folders_below_the_root_only(tmp_path: Path) -> N
     assert [p.name for p in (store.root / "a").iterdir()] == ["d"]
     store.delete("a/d")
     assert list(store.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_does_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    # A mounted bucket or a share of Windows; it was told as a missing permission.
+    def link(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    store = FolderStore(tmp_path)
+    assert store.put_if_absent("a/key", b"first")
+    assert not store.put_if_absent("a/key", b"second")
+    assert store.get("a/key") == b"first"
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["key"]
+    won: list[int] = []
+
+    def write(number: int) -> None:
+        if store.put_if_absent("race", bytes([number])):
+            won.append(number)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [store.get("race")] == [bytes(won)]
+    fsync = os.fsync
+
+    def broken(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "half":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(TrainingFailure, match="No space left"):
+        store.put_if_absent("half", b"half")
+    assert store.list() == ["a/key", "race"], "else nobody could ever write it"
+
+
+def test_what_is_written_outlives_a_loss_of_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The name of a file is in its folder: until that is written too, the file may be gone after a crash of the machine.
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    store = FolderStore(tmp_path / "new/store")
+    (tmp_path / "file").write_bytes(b"x")
+    uses = [
+        lambda: store.put("step/deep/put", b"x"),
+        lambda: store.put_if_absent("step/once", b"x"),
+        lambda: store.upload(tmp_path / "file", "step/uploaded"),
+    ]
+    for use in uses:
+        synced.clear()
+        use()
+        folder = tmp_path / ("new/store/step/deep" if use is uses[0] else "new/store/step")
+        assert synced[-1] == str(folder)
+        assert Path(synced[0]).suffix == ".part" or use is uses[0]
+        if use is uses[0]:  # folders that are new are names in theirs
+            assert {str(p) for p in (tmp_path, tmp_path / "new", store.root, store.root / "step")} <= set(synced)
 
 
 # ------------------------------------------------------------------------------------------------------------------ s3 --
