@@ -11,13 +11,14 @@ A reader takes the newest step whose every file matches the manifest's size and 
 that was only thought dead may go on writing: its steps beyond the point where a newer execution started are ignored.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,6 +63,9 @@ class Checkpoints:
         self.execution = 0
         self.best: str | None = None
         """Name of the checkpoint with the best model: never deleted."""
+        self._rubbish: dict[str, None] = {}
+        """Keys that are to be deleted, in this order."""
+        self._told_denied = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -206,7 +210,8 @@ class Checkpoints:
             shutil.rmtree(folder)
             self._check_not_replaced()
             done(Checkpoint(name, manifest))
-            self._delete_old()
+            with self._only_told():
+                self._delete_old()
         except BaseException as error:  # noqa: BLE001  (raised again in the training thread, by wait)
             self._error = error
 
@@ -216,9 +221,29 @@ class Checkpoints:
         needed = {self.best, *(c.manifest.get("best") for c in found[: self.keep_last])}
         for old in found[self.keep_last :]:
             if old.name not in needed:
-                self.store.delete(f"{old.name}/{MANIFEST}")  # first: from here on the step does not exist
-                for file in old.manifest["files"]:
-                    self.store.delete(f"{old.name}/{file['path']}")
+                # The manifest first: from there on the step does not exist.
+                self._rubbish |= dict.fromkeys(
+                    f"{old.name}/{path}" for path in (MANIFEST, *(f["path"] for f in old.manifest["files"]))
+                )
+        self._delete_rubbish()
+
+    def _delete_rubbish(self) -> None:
+        for key in list(self._rubbish):
+            self.store.delete(key)
+            del self._rubbish[key]
+
+    @contextlib.contextmanager
+    def _only_told(self) -> Iterator[None]:
+        """What is not tidied up takes room and nothing else: the storage's refusal is told, and the next save tries again."""
+        try:
+            yield
+        except TrainingFailure as failure:
+            denied = failure.failure.reason == "StorageDenied"
+            if not denied and failure.failure.reason != "StorageUnavailable":
+                raise
+            if not (denied and self._told_denied):
+                self.log(f"old checkpoints are not deleted now, the next save tries again: {failure.message}")
+            self._told_denied = self._told_denied or denied
 
 
 def _executions(keys: Iterable[str]) -> dict[int, str]:

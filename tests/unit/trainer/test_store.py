@@ -153,3 +153,35 @@ def test_conflicts_without_end_are_told(wire: Wire, monkeypatch: pytest.MonkeyPa
         open_store("s3://bucket").put_if_absent("key", b"mine")
     assert failed.value.failure.reason == "StorageUnavailable"
     assert len(wire.asked) < 10
+
+
+# ------------------------------------------------------------------------------------------------------------ tidying --
+def stage(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "state").write_bytes(b"x")
+
+
+def save(made: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        made.save(step, stage, lambda _: None)
+    made.wait()
+
+
+@pytest.mark.parametrize("answer", [(403, "AccessDenied"), (501, "NotImplemented"), (400, "TryLater")])
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_no_training(wire: Wire, tmp_path: Path, answer: tuple[int, str]) -> None:
+    # One answer of a busy server failed the training, with the newer checkpoint committed.
+    lines: list[str] = []
+    made = Checkpoints(open_store("s3://bucket/out"), tmp_path, "d" * 64, keep_last=1, overwrite=False, log=lines.append)
+    made.begin(0)
+    names = [made.name(step) for step in (1, 2, 3, 4)]
+    wire.faults[f"DELETE out/{names[0]}/MANIFEST.json"] = [answer] * 2
+    wire.faults[f"DELETE out/{names[1]}/state"] = [answer]
+    save(made, 1, 2, 3)
+    assert all(f"out/{name}/MANIFEST.json" in wire.objects for name in names[:3]), "the oldest cannot be deleted"
+    said = [line for line in lines if "old checkpoints" in line and answer[1] in line]
+    assert len(said) == (1 if answer[1] == "AccessDenied" else 2), lines
+    save(made, 4)
+    assert f"out/{names[1]}/MANIFEST.json" not in wire.objects
+    assert f"out/{names[1]}/state" in wire.objects
+    save(made, 5)
+    assert sorted(wire.objects) == ["out/executions/0001.json", *(f"out/{made.name(5)}/{n}" for n in ("MANIFEST.json", "state"))]
