@@ -26,9 +26,10 @@ from typing import Any
 
 from finetune_api.finetunejob import CheckpointStatus
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import Missing, Store, is_plain
+from finetune_trainer.store import Missing, Store, is_plain, sweep
 
 MANIFEST = "MANIFEST.json"
+_STEP = re.compile(r"(step-[0-9]+-([0-9]+))/.+")
 _EXECUTION = re.compile(r"executions/([0-9]+)\.json")
 
 
@@ -72,14 +73,7 @@ class Checkpoints:
     # ---------------------------------------------------------------------------------------------------------- read --
     def committed(self) -> list[Checkpoint]:
         """All committed checkpoints of this recipe that count, newest first."""
-        keys = self.store.list()
-        parents = {n: parent for n, key in _executions(keys).items() if (parent := self._parent(key)) is not None}
-        found = []
-        for key in keys:
-            if key.endswith(f"/{MANIFEST}") and key.startswith("step-") and (manifest := self._manifest(key)):
-                newer = [parent for n, parent in parents.items() if n > manifest["execution"]]
-                if all(manifest["step"] <= parent for parent in newer):
-                    found.append(Checkpoint(key.removesuffix(f"/{MANIFEST}"), manifest))
+        found, _ = self._found(self.store.list())
         foreign = [c for c in found if c.manifest["recipe"] != self.digest]
         if foreign and not self.overwrite:
             raise TrainingFailure(
@@ -89,6 +83,17 @@ class Checkpoints:
             )
         ours = [c for c in found if c.manifest["recipe"] == self.digest]
         return sorted(ours, key=lambda c: (c.step, c.manifest["execution"]), reverse=True)
+
+    def _found(self, keys: list[str]) -> tuple[list[Checkpoint], list[Checkpoint]]:
+        """Committed checkpoints of any recipe: those that count, and those beyond the point where a newer execution began."""
+        parents = {n: parent for n, key in _executions(keys).items() if (parent := self._parent(key)) is not None}
+        counting, overtaken = [], []
+        for key in keys:
+            if key.endswith(f"/{MANIFEST}") and key.startswith("step-") and (manifest := self._manifest(key)):
+                newer = [parent for n, parent in parents.items() if n > manifest["execution"]]
+                counts = all(manifest["step"] <= parent for parent in newer)
+                (counting if counts else overtaken).append(Checkpoint(key.removesuffix(f"/{MANIFEST}"), manifest))
+        return counting, overtaken
 
     def restore(self) -> tuple[Checkpoint, Path] | None:
         """The newest checkpoint that verifies, downloaded. None where there is none; CheckpointCorrupt where none verifies."""
@@ -150,13 +155,17 @@ class Checkpoints:
 
     # --------------------------------------------------------------------------------------------------------- write --
     def begin(self, parent: int) -> None:
-        """Registers this execution as the newest; what older ones write beyond `parent` does not count from now on."""
+        """Registers this execution as the newest; what older ones write beyond `parent` does not count from now on, and is removed."""
         number = max(_executions(self.store.list("executions/")), default=0) + 1
         # The id tells our own entry from that of an execution that begins in the same second (put_if_absent compares content).
         data = json.dumps({"parent": parent, "time": _now(), "id": uuid.uuid4().hex}).encode()
         while not self.store.put_if_absent(f"executions/{number:04d}.json", data):
             number += 1
         self.execution = number
+        sweep(self.store, "step-", self.log)
+        with self._only_told():
+            self._rubbish |= dict.fromkeys(self._leftovers())
+            self._delete_rubbish()
 
     def name(self, step: int) -> str:
         """Folder of this execution's checkpoint at this step."""
@@ -226,6 +235,20 @@ class Checkpoints:
                     f"{old.name}/{path}" for path in (MANIFEST, *(f["path"] for f in old.manifest["files"]))
                 )
         self._delete_rubbish()
+
+    def _leftovers(self) -> list[str]:
+        """What older executions left and nobody will read again: steps that they did not commit, and ours that no longer count.
+
+        Never a newer execution's, nor what another recipe has committed, nor the best model of a checkpoint that counts.
+        """
+        keys = self.store.list()
+        counting, overtaken = self._found(keys)
+        kept = {key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")}
+        kept -= {c.name for c in overtaken if c.manifest["recipe"] == self.digest}
+        kept |= {c.manifest.get("best") for c in counting}
+        steps = [match for key in keys if (match := _STEP.fullmatch(key))]
+        found = [match[0] for match in steps if int(match[2]) < self.execution and match[1] not in kept]
+        return sorted(found, key=lambda key: not key.endswith(f"/{MANIFEST}"))  # first: from there on the step does not exist
 
     def _delete_rubbish(self) -> None:
         for key in list(self._rubbish):

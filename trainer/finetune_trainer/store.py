@@ -9,11 +9,13 @@ import contextlib
 import errno
 import os
 import random
+import re
 import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlparse
@@ -33,6 +35,9 @@ DENIED = {
     "ExpiredToken",
     "InvalidToken",
 }
+UNFINISHED = timedelta(days=1)
+"""Age from which on something half written has no writer any more."""
+_PART = re.compile(r"\.[0-9a-f]{16}\.part$")
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What file systems without hard links say to one."""
 CONFLICT_TRIES, CONFLICT_WAIT = 6, 0.05
@@ -56,6 +61,9 @@ class Store(Protocol):
     def download(self, key: str, path: Path) -> None: ...
     def list(self, prefix: str = "") -> "list[str]": ...
     def delete(self, key: str) -> None: ...
+    def discard_unfinished(self, prefix: str, age: timedelta = UNFINISHED) -> None:
+        """Removes what writers that died left half written below the prefix, where it is older than `age`."""
+
     def check(self, *, writable: bool = False) -> None:
         """Raises the failure that a first use would: no such place, no access, no answer. `writable`: it is to be written to."""
 
@@ -134,6 +142,14 @@ class FolderStore:
             with contextlib.suppress(OSError):  # the first folder that is not empty ends it
                 for folder in list(PurePosixPath(key).parents)[:-1]:  # the root is not ours to remove
                     (self.root / folder).rmdir()
+
+    def discard_unfinished(self, prefix: str, age: timedelta = UNFINISHED) -> None:
+        with self._errors(prefix):
+            for path in (self.root / prefix.rpartition("/")[0]).rglob("*.part"):
+                if _PART.search(path.name) and path.relative_to(self.root).as_posix().startswith(prefix):
+                    with contextlib.suppress(FileNotFoundError):  # its writer has finished
+                        if path.stat().st_mtime < time.time() - age.total_seconds():
+                            path.unlink()
 
     def check(self, *, writable: bool = False) -> None:
         with self._errors(""):
@@ -270,6 +286,13 @@ class S3Store:
         with self._errors(key):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
+    def discard_unfinished(self, prefix: str, age: timedelta = UNFINISHED) -> None:
+        with self._errors(prefix):
+            pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
+            for upload in [u for page in pages for u in page.get("Uploads", [])]:
+                if upload["Initiated"] < datetime.now(UTC) - age:
+                    self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
     def check(self, *, writable: bool = False) -> None:  # noqa: ARG002  (a probe would leave an object behind)
         with self._errors(""):
             self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
@@ -360,3 +383,11 @@ def fetch_folder(store: Store, folder: Path) -> int:
     for key in keys:
         store.download(key, folder / key)
     return len(keys)
+
+
+def sweep(store: Store, prefix: str, log: Callable[[str], None]) -> None:
+    """Removes what earlier writers left half written. Not every store and every account can: that is told, and costs room only."""
+    try:
+        store.discard_unfinished(prefix)
+    except TrainingFailure as failure:
+        log(f"what earlier runs left half written stays there: {failure.message}")

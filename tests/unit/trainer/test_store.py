@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from wire import Wire, serve
 
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import FolderStore, fetch_folder, open_store
+from finetune_trainer.store import FolderStore, fetch_folder, open_store, sweep
 
 
 @pytest.fixture
@@ -185,3 +186,63 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stops_no_training(wire: Wire, 
     assert f"out/{names[1]}/state" in wire.objects
     save(made, 5)
     assert sorted(wire.objects) == ["out/executions/0001.json", *(f"out/{made.name(5)}/{n}" for n in ("MANIFEST.json", "state"))]
+
+
+def test_what_earlier_executions_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+
+    def execution(parent: int | None, **changes: object) -> Checkpoints:
+        made = Checkpoints(
+            FolderStore(root), tmp_path / "scratch", **{"digest": "d" * 64, "keep_last": 9, "overwrite": True} | changes
+        )  # type: ignore[arg-type]
+        if parent is not None:
+            made.begin(parent)
+        return made
+
+    def steps() -> set[str]:
+        return {path.name for path in root.glob("step-*")}
+
+    save(execution(0, digest="e" * 64), 50)  # 0001, another recipe's
+    first = execution(0)  # 0002
+    save(first, 10, 20)
+    first.best = first.name(20)
+    save(first, 30, 40)
+    (root / "step-00000060-0002").mkdir()
+    (root / "step-00000060-0002/state").write_bytes(b"half")  # died in the upload
+    (root / "step-00000099-0009").mkdir()
+    (root / "step-00000099-0009/state").write_bytes(b"newer")  # on its way
+    (root / "step-notes").mkdir()
+    (root / "step-notes/mine.txt").write_bytes(b"a person's")
+    parts = [root / f"step-00000010-0002/state.{'a' * 16}.part", root / f"step-00000020-0002/state.{'b' * 16}.part"]
+    mine = root / "step-notes/film.part"
+    for path in (*parts, mine):
+        path.write_bytes(b"")
+    for path in (parts[0], mine):
+        os.utime(path, (0, 0))
+
+    execution(30)  # 0003: 40 could not be read, or was not there yet
+    assert steps() == {
+        "step-00000050-0001",
+        *(f"step-000000{step}-0002" for step in (10, 20, 30)),
+        "step-00000099-0009",
+        "step-notes",
+    }
+    assert [path.exists() for path in (*parts, mine)] == [False, True, True], "one that is a day old and ours"
+    restored = execution(None).restore()
+    assert restored is not None
+    assert restored[0].name == "step-00000030-0002"
+
+
+def test_uploads_that_nobody_finished_are_aborted(wire: Wire, tmp_path: Path) -> None:
+    now = datetime.now(UTC).isoformat()
+    wire.uploads |= {"out/step-1/old": "2020-01-01T00:00:00Z", "out/step-1/new": now, "else/step-1/old": "2020-01-01T00:00:00Z"}
+    checkpoints("s3://bucket/out", tmp_path).begin(0)
+    assert set(wire.uploads) == {"out/step-1/new", "else/step-1/old"}
+
+
+@pytest.mark.parametrize("answer", [(403, "AccessDenied"), (501, "NotImplemented")])
+def test_a_store_that_lists_no_uploads_is_told_and_trained_on(wire: Wire, tmp_path: Path, answer: tuple[int, str]) -> None:
+    wire.faults["GET ?uploads"] = [answer] * 9
+    lines: list[str] = []
+    sweep(open_store("s3://bucket/out"), "model/", lines.append)
+    assert [answer[1] in line for line in lines] == [True]
