@@ -87,7 +87,8 @@ class Checkpoints:
     def _found(self, keys: list[str]) -> tuple[list[Checkpoint], list[Checkpoint]]:
         """Committed checkpoints of any recipe: those that count, and those beyond the point where a newer execution began."""
         parents = {n: parent for n, key in _executions(keys).items() if (parent := self._parent(key)) is not None}
-        counting, overtaken = [], []
+        counting: list[Checkpoint] = []
+        overtaken: list[Checkpoint] = []
         for key in keys:
             if key.endswith(f"/{MANIFEST}") and key.startswith("step-") and (manifest := self._manifest(key)):
                 newer = [parent for n, parent in parents.items() if n > manifest["execution"]]
@@ -245,7 +246,7 @@ class Checkpoints:
         counting, overtaken = self._found(keys)
         kept = {key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")}
         kept -= {c.name for c in overtaken if c.manifest["recipe"] == self.digest}
-        kept |= {c.manifest.get("best") for c in counting}
+        kept |= {str(c.manifest.get("best")) for c in counting}
         steps = [match for key in keys if (match := _STEP.fullmatch(key))]
         found = [match[0] for match in steps if int(match[2]) < self.execution and match[1] not in kept]
         return sorted(found, key=lambda key: not key.endswith(f"/{MANIFEST}"))  # first: from there on the step does not exist
