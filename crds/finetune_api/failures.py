@@ -41,6 +41,10 @@ FAILURES: tuple[FailureClass, ...] = (
     FailureClass("CudaOutOfMemory", 18, True, True, "the accelerator's memory is too small for the batch"),
     FailureClass("StorageUnavailable", 19, True, True, "the storage did not answer, or answered with server errors"),
     FailureClass("Interrupted", 20, True, False, "the pod was asked to end (SIGTERM) and saved what it had"),
+    # Counted: two jobs that share an output take it from each other, attempt by attempt, and that must end.
+    FailureClass(
+        "Superseded", 21, True, True, "another execution, of this job or of one with the same recipe, took over this output"
+    ),
     FailureClass("OOMKilled", None, True, True, "the kernel ended the container: its memory limit is too small"),
     FailureClass("Evicted", None, True, True, "the kubelet evicted the pod for want of memory or disk on the node"),
     FailureClass("Disrupted", None, True, False, "preemption, drain or taint: the cluster ended the pod, not the training"),

@@ -68,7 +68,7 @@ class ModelSource(Model):
 
     uri: ModelUri
     """Where the model is: hf://org/name[@revision], s3://bucket/prefix or file:///path (a path inside the pod). hf:// looks
-    first in the mirror (FINETUNE_MODEL_MIRROR), then at the hub."""
+    first in the mirror (FINETUNE_MODEL_MIRROR: folders org/name/, and org/name@revision/ where a revision is given), then at the hub."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the weights."""
 

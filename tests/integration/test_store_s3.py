@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import boto3
@@ -80,6 +81,28 @@ def test_a_file_that_changes_on_its_way_is_refused(store: Store, tmp_path: Path,
         store.upload(tmp_path / "file", "key")
     assert failed.value.failure.reason == "StorageUnavailable"
     assert store.list() == []
+
+
+def test_folders_that_a_console_made_are_no_files(bucket: str, s3: S3Server, store: Store) -> None:
+    for key in ("some/prefix/", "some/prefix/sub/"):
+        s3.client().put_object(Bucket=bucket, Key=key)
+    store.put("sub/x", b"1")
+    assert store.list() == ["sub/x"]
+
+
+def test_uploads_that_nobody_finished_are_aborted(bucket: str, s3: S3Server, store: Store) -> None:
+    client = s3.client()
+    for key in ("some/prefix/step-1/weights", "some/prefix/other", "elsewhere/step-1/weights"):
+        begun = client.create_multipart_upload(Bucket=bucket, Key=key)
+        client.upload_part(Bucket=bucket, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"half")
+
+    def left() -> list[str]:
+        return sorted(u["Key"] for u in client.list_multipart_uploads(Bucket=bucket)["Uploads"])
+
+    store.discard_unfinished("step-")
+    assert len(left()) == 3, "they may still have a writer"
+    store.discard_unfinished("step-", timedelta(seconds=-5))
+    assert left() == ["elsewhere/step-1/weights", "some/prefix/other"]
 
 
 # -------------------------------------------------------------------------------------------------- conditional writes --

@@ -1,79 +1,23 @@
-"""`python -m finetune_trainer`: trains what FINETUNE_JOB says and ends with an exit code that tells why.
+"""`python -m finetune_trainer`: hears signals first, then imports and runs everything else (process.py).
 
-0 is Complete (or AlreadyCompleted); the others are in finetune_api.failures. The last words go to the termination message.
+Imports take a second or more, and a SIGTERM in that time must count: it would end a process, and process 1 of a container, to which the
+kernel gives no signal that it has no handler for, would never learn of it and train on until it is killed.
 """
 
-import argparse
-import os
 import signal
 import sys
 import threading
-import traceback
-
-from finetune_api import names
-from finetune_api.failures import BY_REASON
-from finetune_api.report import EndReport, Outcome
-from finetune_trainer import config
-from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.report import write_end
-from finetune_trainer.run import Run
-
-
-def _parse() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune_trainer",
-        description="Fine-tunes what the recipe says. It is told everything by its environment and takes no arguments.",
-        epilog=f"{names.ENV_JOB}: the recipe as JSON. {names.ENV_WORKDIR}: a writable folder. {names.ENV_MODEL_MIRROR}: where "
-        "hf:// models are looked up first. AWS_*: the object store. `finetune run -f job.yaml` sets them from a manifest.",
-    )
-    parser.parse_args()
 
 
 def main() -> int:
-    """Runs and reports; the exit code."""
-    _parse()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """The exit code."""
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Only a flag: the loop looks at it between steps, where the state is whole.
         signal.signal(number, lambda *_: stopping.set())
-    runtime = config.load_runtime()
-    run: Run | None = None
-    try:
-        recipe, runtime = config.load()
-        runtime.workdir.mkdir(parents=True, exist_ok=True)
-        run = Run(recipe, runtime, stopping)
-        end = run()
-    except TrainingFailure as failure:
-        interrupted = failure.failure.reason == "Interrupted"
-        end = EndReport(
-            outcome=Outcome.INTERRUPTED if interrupted else Outcome.FAILED,
-            reason=failure.failure.reason,
-            message=failure.message,
-            checkpoint=run.checkpoint if run else None,
-            resumed_from=run.resumed_from if run else None,
-        )
-    except Exception as error:  # noqa: BLE001  (the last line of defence: told to the operator, and the traceback to the log)
-        traceback.print_exc()
-        end = _unexpected(error)
-    # Of several processes in one pod the first one speaks; another one only where it fails.
-    if end.outcome is Outcome.FAILED or os.environ.get("LOCAL_RANK", "0") == "0":
-        write_end(runtime, end)
-    if end.outcome in (Outcome.COMPLETE, Outcome.ALREADY_COMPLETED):
-        return 0
-    sys.stderr.write(f"{end.reason}: {end.message}\n")
-    return BY_REASON[end.reason].exit_code or 1
+    from finetune_trainer.process import run
 
-
-def _unexpected(error: Exception) -> EndReport:
-    # By name: importing torch here would cost seconds in runs that end before it is needed.
-    if type(error).__name__ in ("OutOfMemoryError", "CudaOutOfMemoryError"):
-        message = "the accelerator's memory is too small: lower hyperparameters.batchSize or dataset.maxLength"
-        return EndReport(outcome=Outcome.FAILED, reason="CudaOutOfMemory", message=message)
-    # The error's text may hold text of the data; its type does not.
-    return EndReport(outcome=Outcome.FAILED, reason="UserCodeError", message=f"unexpected {type(error).__name__}; see the log")
+    return run(stopping)
 
 
 if __name__ == "__main__":

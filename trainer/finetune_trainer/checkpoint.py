@@ -11,12 +11,14 @@ A reader takes the newest step whose every file matches the manifest's size and 
 that was only thought dead may go on writing: its steps beyond the point where a newer execution started are ignored.
 """
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +26,11 @@ from typing import Any
 
 from finetune_api.finetunejob import CheckpointStatus
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import Missing, Store, is_plain
+from finetune_trainer.store import Missing, Store, is_plain, sweep
 
 MANIFEST = "MANIFEST.json"
+_STEP = re.compile(r"(step-[0-9]+-([0-9]+))/.+")
+_EXECUTION = re.compile(r"executions/([0-9]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,16 @@ class Checkpoints:
         self.execution = 0
         self.best: str | None = None
         """Name of the checkpoint with the best model: never deleted."""
+        self._rubbish: dict[str, None] = {}
+        """Keys that are to be deleted, in this order."""
+        self._told_denied = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     # ---------------------------------------------------------------------------------------------------------- read --
     def committed(self) -> list[Checkpoint]:
         """All committed checkpoints of this recipe that count, newest first."""
-        keys = self.store.list()
-        parents = {int(k[11:-5]): self._json(k)["parent"] for k in keys if k.startswith("executions/") and k.endswith(".json")}
-        found = []
-        for key in keys:
-            if key.endswith(f"/{MANIFEST}") and key.startswith("step-") and (manifest := self._manifest(key)):
-                newer = [parent for n, parent in parents.items() if n > manifest["execution"]]
-                if all(manifest["step"] <= parent for parent in newer):
-                    found.append(Checkpoint(key.removesuffix(f"/{MANIFEST}"), manifest))
+        found, _ = self._found(self.store.list())
         foreign = [c for c in found if c.manifest["recipe"] != self.digest]
         if foreign and not self.overwrite:
             raise TrainingFailure(
@@ -83,6 +83,18 @@ class Checkpoints:
             )
         ours = [c for c in found if c.manifest["recipe"] == self.digest]
         return sorted(ours, key=lambda c: (c.step, c.manifest["execution"]), reverse=True)
+
+    def _found(self, keys: list[str]) -> tuple[list[Checkpoint], list[Checkpoint]]:
+        """Committed checkpoints of any recipe: those that count, and those beyond the point where a newer execution began."""
+        parents = {n: parent for n, key in _executions(keys).items() if (parent := self._parent(key)) is not None}
+        counting: list[Checkpoint] = []
+        overtaken: list[Checkpoint] = []
+        for key in keys:
+            if key.endswith(f"/{MANIFEST}") and key.startswith("step-") and (manifest := self._manifest(key)):
+                newer = [parent for n, parent in parents.items() if n > manifest["execution"]]
+                counts = all(manifest["step"] <= parent for parent in newer)
+                (counting if counts else overtaken).append(Checkpoint(key.removesuffix(f"/{MANIFEST}"), manifest))
+        return counting, overtaken
 
     def restore(self) -> tuple[Checkpoint, Path] | None:
         """The newest checkpoint that verifies, downloaded. None where there is none; CheckpointCorrupt where none verifies."""
@@ -122,6 +134,14 @@ class Checkpoints:
         value: dict[str, Any] = json.loads(self.store.get(key))
         return value
 
+    def _parent(self, key: str) -> int | None:
+        """The step that an execution began from; None for one that died while it wrote that down, and so never began."""
+        try:
+            return int(self._json(key)["parent"])
+        except (ValueError, KeyError, TypeError):
+            self.log(f"{self.store.uri}/{key} is not used: it is not one of ours")
+            return None
+
     def _manifest(self, key: str) -> dict[str, Any] | None:
         try:
             manifest = self._json(key)
@@ -136,13 +156,17 @@ class Checkpoints:
 
     # --------------------------------------------------------------------------------------------------------- write --
     def begin(self, parent: int) -> None:
-        """Registers this execution as the newest; what older ones write beyond `parent` does not count from now on."""
-        number = max([0, *(int(k[11:-5]) for k in self.store.list("executions/"))]) + 1
+        """Registers this execution as the newest; what older ones write beyond `parent` does not count from now on, and is removed."""
+        number = max(_executions(self.store.list("executions/")), default=0) + 1
         # The id tells our own entry from that of an execution that begins in the same second (put_if_absent compares content).
         data = json.dumps({"parent": parent, "time": _now(), "id": uuid.uuid4().hex}).encode()
         while not self.store.put_if_absent(f"executions/{number:04d}.json", data):
             number += 1
         self.execution = number
+        sweep(self.store, "step-", self.log)
+        with self._only_told():
+            self._rubbish |= dict.fromkeys(self._leftovers())
+            self._delete_rubbish()
 
     def name(self, step: int) -> str:
         """Folder of this execution's checkpoint at this step."""
@@ -167,9 +191,13 @@ class Checkpoints:
 
     def _check_not_replaced(self) -> None:
         """A newer execution has begun: what this one writes no longer counts, and it must not delete what the newer one needs."""
-        newest = max(int(k[11:-5]) for k in self.store.list("executions/"))
+        newest = max(_executions(self.store.list("executions/")), default=0)
         if newest > self.execution:
-            raise TrainingFailure("Interrupted", f"execution {newest} of this training has taken over from this one")
+            raise TrainingFailure(
+                "Superseded",
+                f"execution {newest} has taken over {self.store.uri} from this one, execution {self.execution}: if another job of the "
+                "same recipe writes there too, give each an output.storageUri of its own",
+            )
 
     def _commit(self, step: int, folder: Path, best: str | None, done: Callable[[Checkpoint], None]) -> None:
         try:
@@ -188,11 +216,12 @@ class Checkpoints:
                 "files": files,
             }
             if not self.store.put_if_absent(f"{name}/{MANIFEST}", json.dumps(manifest).encode()):
-                raise TrainingFailure("Interrupted", f"{self.store.uri}/{name} was committed by somebody else")
+                raise TrainingFailure("Superseded", f"{self.store.uri}/{name} was committed by somebody else")
             shutil.rmtree(folder)
             self._check_not_replaced()
             done(Checkpoint(name, manifest))
-            self._delete_old()
+            with self._only_told():
+                self._delete_old()
         except BaseException as error:  # noqa: BLE001  (raised again in the training thread, by wait)
             self._error = error
 
@@ -202,9 +231,48 @@ class Checkpoints:
         needed = {self.best, *(c.manifest.get("best") for c in found[: self.keep_last])}
         for old in found[self.keep_last :]:
             if old.name not in needed:
-                self.store.delete(f"{old.name}/{MANIFEST}")  # first: from here on the step does not exist
-                for file in old.manifest["files"]:
-                    self.store.delete(f"{old.name}/{file['path']}")
+                # The manifest first: from there on the step does not exist.
+                self._rubbish |= dict.fromkeys(
+                    f"{old.name}/{path}" for path in (MANIFEST, *(f["path"] for f in old.manifest["files"]))
+                )
+        self._delete_rubbish()
+
+    def _leftovers(self) -> list[str]:
+        """What older executions left and nobody will read again: steps that they did not commit, and ours that no longer count.
+
+        Never a newer execution's, nor what another recipe has committed, nor the best model of a checkpoint that counts.
+        """
+        keys = self.store.list()
+        counting, overtaken = self._found(keys)
+        kept = {key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")}
+        kept -= {c.name for c in overtaken if c.manifest["recipe"] == self.digest}
+        kept |= {str(c.manifest.get("best")) for c in counting}
+        steps = [match for key in keys if (match := _STEP.fullmatch(key))]
+        found = [match[0] for match in steps if int(match[2]) < self.execution and match[1] not in kept]
+        return sorted(found, key=lambda key: not key.endswith(f"/{MANIFEST}"))  # first: from there on the step does not exist
+
+    def _delete_rubbish(self) -> None:
+        for key in list(self._rubbish):
+            self.store.delete(key)
+            del self._rubbish[key]
+
+    @contextlib.contextmanager
+    def _only_told(self) -> Iterator[None]:
+        """What is not tidied up takes room and nothing else: the storage's refusal is told, and the next save tries again."""
+        try:
+            yield
+        except TrainingFailure as failure:
+            denied = failure.failure.reason == "StorageDenied"
+            if not denied and failure.failure.reason != "StorageUnavailable":
+                raise
+            if not (denied and self._told_denied):
+                self.log(f"old checkpoints are not deleted now, the next save tries again: {failure.message}")
+            self._told_denied = self._told_denied or denied
+
+
+def _executions(keys: Iterable[str]) -> dict[int, str]:
+    """Keys of executions by number; people and consoles leave other things beside them."""
+    return {int(match[1]): key for key in keys if (match := _EXECUTION.fullmatch(key))}
 
 
 def _sha256(path: Path) -> str:

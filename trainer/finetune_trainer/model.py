@@ -1,6 +1,8 @@
 """Finds the pretrained model, sets dropout, builds it with a stock head for the task."""
 
+import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +56,26 @@ def fetch(uri: str, runtime: Runtime) -> Path:
     if scheme == "s3":
         return _fetch_s3(uri, uri, runtime)
     repository, _, revision = rest.partition("@")
-    if runtime.model_mirror:
-        mirror = runtime.model_mirror.rstrip("/")
-        if mirror.startswith("s3://"):
-            return _fetch_s3(f"{mirror}/{repository}", uri, runtime)
-        if (Path(mirror) / repository).is_dir():
-            return _checked(Path(mirror) / repository, uri)
+    if mirror := (runtime.model_mirror or "").rstrip("/"):
+        if _is_there(place := f"{mirror}/{rest}", runtime):
+            return _fetch_s3(place, uri, runtime) if place.startswith("s3://") else _checked(Path(place), uri)
+        if revision and _is_there(f"{mirror}/{repository}", runtime):
+            raise TrainingFailure(
+                "ModelNotFound",
+                f"model.uri {uri}: the model mirror ({mirror}) has {repository}/, which may be any revision, and not {rest}/: name "
+                f"the folder so if that is what it holds, or leave out @{revision}",
+            )
     return _fetch_hub(repository, revision or None, uri)
 
 
+def _is_there(place: str, runtime: Runtime) -> bool:
+    return bool(open_store(place, runtime.s3_root).list()) if place.startswith("s3://") else Path(place).is_dir()
+
+
 def _fetch_s3(place: str, uri: str, runtime: Runtime) -> Path:
-    folder = runtime.workdir / "model"
+    # `finetune run` keeps the work folder: files of another model must not mix in, nor those that this one no longer has.
+    folder = runtime.workdir / "model" / hashlib.sha256(place.encode()).hexdigest()[:16]
+    shutil.rmtree(folder, ignore_errors=True)
     if fetch_folder(open_store(place, runtime.s3_root), folder) == 0:
         raise TrainingFailure("ModelNotFound", f"model.uri {uri}: there are no files under {place}")
     return _checked(folder, uri)

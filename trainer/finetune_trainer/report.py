@@ -1,14 +1,18 @@
 """What people and the operator see of a run: lines or a progress bar, the termination message, TensorBoard files."""
 
+import fcntl
 import math
+import os
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import ValidationError
+
 from finetune_api.finetunejob import MetricValue, TrainerStatus
-from finetune_api.report import EndReport
+from finetune_api.report import EndReport, Outcome
 from finetune_trainer.config import Runtime
 
 BAR = 24
@@ -67,14 +71,38 @@ def trainer_status(step: int, total: int, left: float, values: dict[str, float],
     )
 
 
-def write_end(runtime: Runtime, end: EndReport) -> None:
-    """The termination message. Without a file for it (a run by hand) there is nobody to tell."""
+def write_end(runtime: Runtime, end: EndReport, *, alone: bool = True) -> None:
+    """The termination message. Without a file for it (a run by hand) there is nobody to tell.
+
+    Not `alone`, the processes of a pod share the file, which is this attempt's own: what says no more than what is there is not written.
+    """
     if runtime.termination_log is not None:
         try:
-            runtime.termination_log.write_text(end.to_message())
+            # In place and never by rename: the kubelet has mounted this very file.
+            with os.fdopen(os.open(runtime.termination_log, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
+                if not alone:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+                    if _worth(file.read()) >= _worth(end):
+                        return
+                    file.seek(0)
+                file.truncate()
+                file.write(end.to_message())
         except OSError as error:
             # The exit code still tells the class, and result.json the result.
             sys.stderr.write(f"{runtime.termination_log} cannot be written: {error.strerror}\n")
+
+
+def _worth(end: EndReport | str) -> int:
+    """How much a report says. A result is durable, whatever happens after; a named cause comes before the stop and the broken connections
+    that it brings to the other processes; of those the first says most."""
+    if isinstance(end, str):
+        try:
+            end = EndReport.model_validate_json(end)
+        except ValidationError:
+            return 0
+    if end.outcome in (Outcome.COMPLETE, Outcome.ALREADY_COMPLETED):
+        return 3
+    return 1 if end.reason in ("Interrupted", "UserCodeError") else 2
 
 
 class EventFiles:

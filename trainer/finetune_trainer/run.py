@@ -22,7 +22,7 @@ from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.progress import Poster
 from finetune_trainer.report import Console, EventFiles, trainer_status
-from finetune_trainer.store import Missing, Store, open_store
+from finetune_trainer.store import Missing, Store, open_store, sweep
 from finetune_trainer.tasks import Encoded, Examples, kind_of
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class Run:
         self._may_go_on()
         if self.group.leads:
             checkpoints.begin(restored[0].step if restored else 0)
+            sweep(self.output, f"{names.MODEL_DIR}/", self.console.line)
         checkpoints.execution = self.group.tell(checkpoints.execution)
         events = EventFiles(scratch / "logs" / f"{checkpoints.execution:04d}")
         loop = self._loop(learner, tokenizer, encoded, checkpoints, events, poster, restored)

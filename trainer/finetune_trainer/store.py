@@ -8,11 +8,15 @@ import base64
 import contextlib
 import errno
 import os
+import random
+import re
 import secrets
 import shutil
+import time
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlparse
 
@@ -31,6 +35,13 @@ DENIED = {
     "ExpiredToken",
     "InvalidToken",
 }
+UNFINISHED = timedelta(days=1)
+"""Age from which on something half written has no writer any more."""
+_PART = re.compile(r"\.[0-9a-f]{16}\.part$")
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What file systems without hard links say to one."""
+CONFLICT_TRIES, CONFLICT_WAIT = 6, 0.05
+"""Tries of a conditional write, and seconds: the wait between two doubles up to 1.6 s."""
 MISSING = {"NoSuchKey", "404", "NotFound"}
 
 
@@ -50,6 +61,9 @@ class Store(Protocol):
     def download(self, key: str, path: Path) -> None: ...
     def list(self, prefix: str = "") -> "list[str]": ...
     def delete(self, key: str) -> None: ...
+    def discard_unfinished(self, prefix: str, age: timedelta = UNFINISHED) -> None:
+        """Removes what writers that died left half written below the prefix, where it is older than `age`."""
+
     def check(self, *, writable: bool = False) -> None:
         """Raises the failure that a first use would: no such place, no access, no answer. `writable`: it is to be written to."""
 
@@ -70,7 +84,11 @@ def open_store(uri: str, s3_root: Path | None = None) -> Store:
 
 
 class FolderStore:
-    """A folder; writes are atomic by rename and durable by fsync."""
+    """A folder; writes are atomic by rename and durable by fsync of the file and of the folder that holds its name.
+
+    `put_if_absent` is atomic by a hard link. On a file system without them (a mounted bucket, a share of Windows) it creates the file and
+    fills it: still only one of many writers wins, but a reader, and a death in between, may see half of it. Checkpoints allow for that.
+    """
 
     def __init__(self, root: Path, uri: str | None = None) -> None:
         self.root = root
@@ -79,17 +97,23 @@ class FolderStore:
     def put(self, key: str, data: bytes) -> None:
         with self._errors(key), self._temporary(key) as temporary:
             temporary.write_bytes(data)
-            _sync(temporary)
-            temporary.replace(self.root / key)
+            self._rename(temporary, key)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        target = self.root / key
         with self._errors(key), self._temporary(key) as temporary:
             temporary.write_bytes(data)
             _sync(temporary)
             try:
-                os.link(temporary, self.root / key)  # unlike rename, link refuses an existing name
+                os.link(temporary, target)  # unlike rename, link refuses an existing name
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                if not _create(target, data):
+                    return False
+            _sync(target.parent)
         return True
 
     def get(self, key: str) -> bytes:
@@ -99,8 +123,7 @@ class FolderStore:
     def upload(self, path: Path, key: str) -> None:
         with self._errors(key), self._temporary(key) as temporary:
             shutil.copyfile(path, temporary)
-            _sync(temporary)
-            temporary.replace(self.root / key)
+            self._rename(temporary, key)
 
     def download(self, key: str, path: Path) -> None:
         with self._errors(key):
@@ -117,8 +140,16 @@ class FolderStore:
         with self._errors(key):
             (self.root / key).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the first folder that is not empty ends it
-                for folder in (self.root / key).parents:
-                    folder.rmdir()
+                for folder in list(PurePosixPath(key).parents)[:-1]:  # the root is not ours to remove
+                    (self.root / folder).rmdir()
+
+    def discard_unfinished(self, prefix: str, age: timedelta = UNFINISHED) -> None:
+        with self._errors(prefix):
+            for path in (self.root / prefix.rpartition("/")[0]).rglob("*.part"):
+                if _PART.search(path.name) and path.relative_to(self.root).as_posix().startswith(prefix):
+                    with contextlib.suppress(FileNotFoundError):  # its writer has finished
+                        if path.stat().st_mtime < time.time() - age.total_seconds():
+                            path.unlink()
 
     def check(self, *, writable: bool = False) -> None:
         with self._errors(""):
@@ -134,7 +165,10 @@ class FolderStore:
     @contextlib.contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
         target = self.root / key
+        missing = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            _sync(folder.parent)
         # Not mkstemp: its files are for their owner alone, and a model is for others too.
         path = target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")
         path.touch(exist_ok=False)
@@ -142,6 +176,11 @@ class FolderStore:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+    def _rename(self, temporary: Path, key: str) -> None:
+        _sync(temporary)
+        temporary.replace(self.root / key)
+        _sync((self.root / key).parent)
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -156,8 +195,33 @@ class FolderStore:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """The content of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no fsync of folders: there the server decides when a name is durable.
+        if not (path.is_dir() and error.errno in {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Writes a new file under its own name; False if there is one already."""
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    with file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    return True
 
 
 class S3Store:
@@ -176,15 +240,23 @@ class S3Store:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
-        with self._errors(key):
-            try:
-                self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
-            except ClientError as error:
-                if _code(error) in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}:
-                    # A retried request may have met its own first try: what is there then is ours.
-                    return self.get(key) == data
-                raise
-        return True
+        tried = 0
+        while True:
+            tried += 1
+            with self._errors(key):
+                try:
+                    self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                except ClientError as error:
+                    if (status := _status(error)) == 412:
+                        with contextlib.suppress(Missing):  # deleted meanwhile
+                            # A retried request may have met its own first try: what is there then is ours.
+                            return self.get(key) == data
+                    # 409: another one is being written. S3 says to try again: neither of the two may have won.
+                    if status not in {409, 412} or tried == CONFLICT_TRIES:
+                        raise
+                else:
+                    return True
+            time.sleep(random.uniform(0.5, 1.0) * CONFLICT_WAIT * 2**tried)
 
     def get(self, key: str) -> bytes:
         with self._errors(key):
@@ -206,11 +278,20 @@ class S3Store:
         with self._errors(prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
             cut = len(self.prefix) + 1 if self.prefix else 0
-            return sorted(o["Key"][cut:] for page in pages for o in page.get("Contents", []))
+            found = (o for page in pages for o in page.get("Contents", []))
+            # Empty objects whose name ends in "/" stand for folders, where a console or a mounted bucket has made them.
+            return sorted(o["Key"][cut:] for o in found if o["Size"] > 0 or not o["Key"].endswith("/"))
 
     def delete(self, key: str) -> None:
         with self._errors(key):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def discard_unfinished(self, prefix: str, age: timedelta = UNFINISHED) -> None:
+        with self._errors(prefix):
+            pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
+            for upload in [u for page in pages for u in page.get("Uploads", [])]:
+                if upload["Initiated"] < datetime.now(UTC) - age:
+                    self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def check(self, *, writable: bool = False) -> None:  # noqa: ARG002  (a probe would leave an object behind)
         with self._errors(""):
@@ -291,7 +372,7 @@ def _s3_client() -> "S3Client":
 
 def is_plain(path: str) -> bool:
     """Whether it stays below the folder that it is joined to: names in a bucket and in a manifest may be anything."""
-    return bool(path) and not path.startswith("/") and ".." not in path.split("/") and "\\" not in path
+    return bool(path) and not path.startswith("/") and not path.endswith("/") and ".." not in path.split("/") and "\\" not in path
 
 
 def fetch_folder(store: Store, folder: Path) -> int:
@@ -302,3 +383,11 @@ def fetch_folder(store: Store, folder: Path) -> int:
     for key in keys:
         store.download(key, folder / key)
     return len(keys)
+
+
+def sweep(store: Store, prefix: str, log: Callable[[str], None]) -> None:
+    """Removes what earlier writers left half written. Not every store and every account can: that is told, and costs room only."""
+    try:
+        store.discard_unfinished(prefix)
+    except TrainingFailure as failure:
+        log(f"what earlier runs left half written stays there: {failure.message}")

@@ -226,6 +226,21 @@ def test_what_a_restart_cannot_cure_fails_at_once_with_the_trainers_sentence(rea
     assert world.created == ["ft-1"]
 
 
+def test_the_sentence_counts_and_not_the_exit_code_which_is_torchruns() -> None:
+    world = running()
+    world.end("ft-1", 1, json.dumps({"outcome": "Failed", "reason": "OutputExists", "message": "because"}))
+    world.reconcile()
+    assert world.condition("Failed")["reason"] == "OutputExists"
+    assert world.created == ["ft-1"]
+
+
+def test_two_jobs_that_take_one_output_from_each_other_come_to_an_end() -> None:
+    world = running(failurePolicy={"maxRestarts": 0})
+    world.fail("ft-1", "Superseded")
+    world.reconcile()
+    assert world.condition("Failed")["reason"] == "Superseded"
+
+
 def test_a_job_that_a_newer_operator_began_is_left_alone() -> None:
     world = running()
     before = world.status

@@ -15,6 +15,7 @@ from finetune_trainer import model
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.store import FolderStore, fetch_folder
 from finetune_trainer.tasks import kind_of
+from testcluster.processes import free_port
 
 KIND = kind_of(Task.SEQUENCE_CLASSIFICATION, Dataset.model_validate({"uri": "file:///data", "labels": LABELS}))
 ROLES: list[tuple[str, dict[str, set[str]]]] = [
@@ -101,6 +102,53 @@ def test_a_mirror_may_be_in_s3(job: Job, tmp_path: Path) -> None:
     job.s3_root, job.mirror = tmp_path / "s3", "s3://models/mirror"
     assert (_fetch(job, "hf://org/tiny") / "model.safetensors").is_file()
     assert (_fetch(job, "s3://models/mirror/org/tiny") / "model.safetensors").is_file()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def mirror(request: pytest.FixtureRequest, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a mirror of either kind that has org/tiny and, pinned, org/tiny@abc; the hub does not answer."""
+    import huggingface_hub
+
+    job.s3_root, folder = tmp_path / "s3", tmp_path / "s3/models/mirror"
+    job.mirror = str(folder) if request.param == "folder" else "s3://models/mirror"
+    for name in ("tiny", "tiny@abc"):
+        shutil.copytree(job.model, folder / "org" / name)
+        (folder / "org" / name / "which").write_text(name)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    return folder
+
+
+def test_a_revision_is_a_folder_of_the_mirror(job: Job, mirror: Path) -> None:
+    assert (_fetch(job, "hf://org/tiny@abc") / "which").read_text() == "tiny@abc"
+    assert (_fetch(job, "hf://org/tiny") / "which").read_text() == "tiny"
+
+
+def test_a_revision_that_the_mirror_lacks_is_not_replaced_by_another(job: Job, mirror: Path) -> None:
+    # It was left out without a word: whoever had pinned a model got what was there.
+    with pytest.raises(TrainingFailure, match=r"has org/tiny/, .* and not org/tiny@main/: .* leave out @main") as failed:
+        _fetch(job, "hf://org/tiny@main")
+    assert failed.value.failure.reason == "ModelNotFound"
+
+
+@pytest.mark.parametrize("uri", ["hf://org/other", "hf://org/other@abc"])
+def test_what_the_mirror_lacks_is_looked_up_at_the_hub(job: Job, mirror: Path, uri: str) -> None:
+    # A mirror in S3 ended the search.
+    with pytest.raises(TrainingFailure, match="not in the model mirror .* and the hub cannot be reached") as failed:
+        _fetch(job, uri)
+    assert failed.value.failure.reason == "ModelNotFound"
+
+
+def test_two_models_in_one_work_folder_do_not_mix(job: Job, tmp_path: Path) -> None:
+    for name, extra in (("one", "adapter_config.json"), ("two", "other.json")):
+        shutil.copytree(job.model, tmp_path / "s3/models" / name)
+        (tmp_path / "s3/models" / name / extra).write_text("{}")
+    job.s3_root = tmp_path / "s3"
+    runtime = job.runtime()  # as `finetune run` has it, run after run
+    model.fetch("s3://models/one", runtime)
+    found = {path.name for path in model.fetch("s3://models/two", runtime).iterdir()}
+    assert found == {path.name for path in (tmp_path / "s3/models/two").iterdir()}
+    (tmp_path / "s3/models/two/other.json").unlink()
+    assert "other.json" not in {path.name for path in model.fetch("s3://models/two", runtime).iterdir()}
 
 
 def _no_config(folder: Path) -> None:

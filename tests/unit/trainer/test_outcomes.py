@@ -252,6 +252,23 @@ def test_a_process_that_is_ended_goes_on_and_gives_the_same_weights(job: Job, tm
     assert (whole.output / "model/model.safetensors").read_bytes() == (job.output / "model/model.safetensors").read_bytes()
 
 
+def test_a_signal_while_the_trainer_is_imported_is_heard(job: Job) -> None:
+    # It ended a process without a word; process 1 of a container, which has no handlers by itself, never heard it.
+    code = """
+import os, runpy, signal, sys
+class Early:
+    def find_spec(self, name, *_):
+        if name in ("finetune_api", "pydantic"):
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Early())
+runpy.run_module("finetune_trainer", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=job.environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 20, done.stderr
+    assert termination(job)["reason"] == "Interrupted"
+    assert not job.steps()
+
+
 def test_a_finished_job_ends_at_once_without_loading_torch(job: Job) -> None:
     end = job.run()
     code = "import sys; from finetune_trainer.__main__ import main; c = main(); print('torch' in sys.modules); sys.exit(c)"

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetune_api import names
+from finetune_api.report import EndReport, Outcome
+from finetune_trainer.config import Runtime
 from finetune_trainer.dist import Group
+from finetune_trainer.report import write_end
 from support.models import tiny_classifier, write_split
 from testcluster.processes import free_port
 
@@ -134,6 +138,64 @@ def test_asked_to_end_all_end_and_go_on_together(recipe: dict[str, object], tmp_
     assert saved["step"] == end["checkpoint"]["step"]
     states = load_file(several.output / "checkpoints" / f"step-{saved['step']:08d}-0001" / "trainer/random.safetensors")
     assert set(states) == {"cpu.0", "cpu.1"}
+
+
+def test_the_cause_is_told_whoever_ends_last(recipe: dict[str, object], tmp_path: Path) -> None:
+    # Rank 0 refuses the output; rank 1 then loses its connection to rank 0, and wrote that over it.
+    several = Training(recipe, tmp_path, 2)
+    several.output.mkdir()
+    (several.output / "result.json").write_text('{"mine": true}')
+    process = several.start()
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, said  # torchrun's, whatever the processes' own are
+    assert "RuntimeError" in said, "otherwise rank 1 lost nothing, and this test shows nothing"
+    end = json.loads(several.log.read_text())
+    assert (end["outcome"], end["reason"]) == ("Failed", "OutputExists"), said
+
+
+REPORTS = {
+    "cause": EndReport(outcome=Outcome.FAILED, reason="OutputExists", message="why"),
+    "other cause": EndReport(outcome=Outcome.FAILED, reason="CudaOutOfMemory", message="why"),
+    "broken": EndReport(outcome=Outcome.FAILED, reason="UserCodeError", message="unexpected RuntimeError; see the log"),
+    "stopped": EndReport(outcome=Outcome.INTERRUPTED, reason="Interrupted", message="asked to end"),
+    "done": EndReport(outcome=Outcome.COMPLETE),
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "stays"),
+    [
+        (["cause", "broken"], "cause"),
+        (["broken", "cause"], "cause"),
+        (["cause", "stopped"], "cause"),  # torchrun ends the others with a SIGTERM
+        (["cause", "other cause"], "cause"),
+        (["broken", "stopped"], "broken"),  # else a bug would be restarted for ever, as a stop is not counted
+        (["stopped", "broken"], "stopped"),
+        (["broken", "done"], "done"),
+        (["done", "broken"], "done"),
+    ],
+)
+def test_of_several_processes_the_best_witness_is_heard(tmp_path: Path, said: list[str], stays: str) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    inode = log.stat().st_ino
+    for name in said:
+        write_end(Runtime("x", tmp_path, termination_log=log), REPORTS[name], alone=False)
+    assert EndReport.model_validate_json(log.read_text()) == REPORTS[stays]
+    assert log.stat().st_ino == inode, "the kubelet has mounted this file"
+
+
+def test_processes_that_end_at_once_do_not_mix_their_reports(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    runtime = Runtime("x", tmp_path, termination_log=log)
+    for _ in range(20):
+        log.write_text("left by nobody " * 100)  # longer than what comes
+        threads = [threading.Thread(target=write_end, args=(runtime, end), kwargs={"alone": False}) for end in REPORTS.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert EndReport.model_validate_json(log.read_text()) == REPORTS["done"]
 
 
 def test_rows_are_shared_out_whole() -> None:
