@@ -1,11 +1,10 @@
-"""What people and the operator see of a run: lines or a progress bar, the termination message, TensorBoard files."""
+"""What people and the operator see of a run: lines or a progress bar, progress as the operator reads it, the termination message."""
 
 import math
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from finetune_api.finetunejob import MetricValue, TrainerStatus
 from finetune_api.report import EndReport
@@ -75,22 +74,3 @@ def write_end(runtime: Runtime, end: EndReport) -> None:
         except OSError as error:
             # The exit code still tells the class, and result.json the result.
             sys.stderr.write(f"{runtime.termination_log} cannot be written: {error.strerror}\n")
-
-
-class EventFiles:
-    """TensorBoard event files of this run."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        self._writer: Any = SummaryWriter(str(folder))
-
-    def add(self, values: dict[str, float], step: int) -> None:
-        """Scalars at an optimizer step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Writes everything out."""
-        self._writer.close()
