@@ -13,7 +13,7 @@ import traceback
 from finetune_api import names
 from finetune_api.failures import BY_REASON
 from finetune_api.report import EndReport, Outcome
-from finetune_trainer import config
+from finetune_trainer import config, trackers
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.report import write_end
 from finetune_trainer.run import Run
@@ -77,4 +77,9 @@ def _unexpected(error: Exception) -> EndReport:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if trackers.left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

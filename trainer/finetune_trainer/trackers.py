@@ -29,7 +29,7 @@ RETRY_SECONDS = 30.0
 KEPT_POINTS = 10_000
 """Points that wait for a server; beyond them the oldest are dropped."""
 END_SECONDS = 15.0
-INTERRUPTED_END_SECONDS = 3.0
+INTERRUPTED_END_SECONDS = 5.0
 """How long an ending run waits for its servers; asked to end, it has little time."""
 
 DEFAULTS = {
@@ -37,6 +37,7 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ALLOW_FILE_STORE": "true",  # who names a folder wants it
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "WANDB_INIT_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT": "10",
     "WANDB_SYMLINK": "false",
@@ -50,6 +51,8 @@ DEFAULTS = {
     "DO_NOT_TRACK": "true",
 }
 """Variables of the clients, where the environment does not set them."""
+
+_THREAD = "tracker-"
 
 Scalar = str | int | float | bool
 
@@ -88,6 +91,13 @@ class Tracker(Protocol):
 
     def end(self, outcome: Outcome) -> None:
         """Writes everything out."""
+
+
+class Remote(Tracker, Protocol):
+    """One that is elsewhere."""
+
+    address: str
+    """Where a person can see the run; empty where there is no such page."""
 
 
 # --------------------------------------------------------------------------------------------------------- adapters ----
@@ -133,6 +143,9 @@ class MlflowRun:
         else:
             tags = {self.TAG: training.key, "finetune.dev/job": training.job}
             self._run = self._client.create_run(experiment, tags=tags, run_name=training.job)
+        uri = self._client.tracking_uri
+        page = f"{uri.rstrip('/')}/#/experiments/{self._run.info.experiment_id}/runs/{self._run.info.run_id}"
+        self.address = page if uri.startswith("http") else ""
 
     def _experiment(self) -> str:
         if known := os.environ.get("MLFLOW_EXPERIMENT_ID"):
@@ -180,6 +193,7 @@ class WandbRun:
             resume="allow",
             dir=env.get("WANDB_DIR") or str(training.folder if env.get("WANDB_MODE") == "offline" else training.folder.parent),
         )
+        self.address: str = self._run.url or ""
         # Not its own count of steps: that drops what an execution does again after it was cut off.
         self._run.define_metric("*", step_metric="step")
 
@@ -200,14 +214,15 @@ class WandbRun:
 class Background:
     """A tracker in a thread of its own, `connect` included. Its methods return at once and never raise."""
 
-    def __init__(self, name: str, connect: Callable[[], Tracker], log: Callable[[str], None]) -> None:
+    def __init__(self, name: str, connect: Callable[[], Remote], log: Callable[[str], None]) -> None:
         self._name, self._connect, self._log = name, connect, log
+        self._tracker: Remote | None = None
         self._params: Mapping[str, Scalar] = {}
         self._points: deque[Point] = deque(maxlen=KEPT_POINTS)
         self._outcome: Outcome | None = None
         self._wake = threading.Condition()
         self._down = False
-        self._thread = threading.Thread(target=self._run, name=f"tracker-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{_THREAD}{name}", daemon=True)
         self._thread.start()
 
     def params(self, values: Mapping[str, Scalar]) -> None:
@@ -231,46 +246,57 @@ class Background:
             self._log(f"{self._name} does not answer: the end of this run may be missing there")
 
     def _run(self) -> None:
-        tracker: Tracker | None = None
         pause = 0.0
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._outcome is not None, timeout=pause)
-                params, self._params = self._params, {}
-                points, outcome = list(self._points), self._outcome
+                params, points, outcome = self._params, list(self._points), self._outcome
+                self._params = {}
                 self._points.clear()
             try:
-                tracker = tracker or self._connect()
-                if params:
-                    tracker.params(params)
-                if points:
-                    tracker.scalars(points)
-                if outcome is not None:
-                    tracker.end(outcome)
+                self._send(params, points, outcome)
             except Exception as error:  # noqa: BLE001  (whatever a client raises: it is told, and training goes on)
-                self._failed(error)
+                if outcome is not None:
+                    self._log(f"{self._name} cannot be reached ({_sentence(error)}): {len(points)} points are missing there")
+                elif not self._down:
+                    self._log(f"{self._name} cannot be reached ({_sentence(error)}); training goes on")
                 with self._wake:
                     self._params = self._params or params
                     self._points = deque([*points, *self._points], maxlen=KEPT_POINTS)
-                pause = RETRY_SECONDS
+                self._down, pause = True, RETRY_SECONDS
             else:
                 if self._down:
                     self._log(f"{self._name} is reached again")
                 self._down, pause = False, INTERVAL_SECONDS
             if outcome is not None:
-                if self._down:
-                    self._log(f"{self._name} was not reached until the end: {len(points)} points are missing there")
                 return
 
-    def _failed(self, error: Exception) -> None:
-        if not self._down:
-            said = " ".join(str(error).split())[:500] or type(error).__name__
-            # An address may hold a password.
-            said = re.sub(r"//[^/@\s]+@", "//", said)
-            self._log(
-                f"{self._name} cannot be reached ({said}); training goes on, and the newest {KEPT_POINTS} points wait for it"
-            )
-        self._down = True
+    def _send(self, params: Mapping[str, Scalar], points: list[Point], outcome: Outcome | None) -> None:
+        if self._tracker is None:
+            self._tracker = self._connect()
+            if self._tracker.address:
+                self._log(f"{self._name}: {_without_password(self._tracker.address)}")
+        if params:
+            self._tracker.params(params)
+        if points:
+            self._tracker.scalars(points)
+        if outcome is not None:
+            self._tracker.end(outcome)
+
+
+def _sentence(error: Exception) -> str:
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    return _without_password(said)
+
+
+def _without_password(text: str) -> str:
+    """An address may hold one."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
+
+
+def left_behind() -> bool:
+    """Whether a server has not answered to the end. The client's own exit hook would go on waiting for it: leave by os._exit."""
+    return any(thread.name.startswith(_THREAD) for thread in threading.enumerate())
 
 
 # --------------------------------------------------------------------------------------------------------------- all ----
@@ -320,7 +346,7 @@ def open_trackers(training: Training, log: Callable[[str], None]) -> Trackers:
     env = os.environ
     for name, value in DEFAULTS.items():
         env.setdefault(name, value)
-    asked: list[tuple[str, str, str, Callable[[Training], Tracker]]] = []
+    asked: list[tuple[str, str, str, Callable[[Training], Remote]]] = []
     if env.get("MLFLOW_TRACKING_URI"):
         asked.append(("MLflow", "mlflow", "MLFLOW_TRACKING_URI", MlflowRun))
     mode = env.get("WANDB_MODE")
