@@ -256,10 +256,10 @@ class Background:
             try:
                 self._send(params, points, outcome)
             except Exception as error:  # noqa: BLE001  (whatever a client raises: it is told, and training goes on)
-                if outcome is not None:
-                    self._log(f"{self._name} cannot be reached ({_sentence(error)}): {len(points)} points are missing there")
-                elif not self._down:
+                if not self._down:
                     self._log(f"{self._name} cannot be reached ({_sentence(error)}); training goes on")
+                if outcome is not None:
+                    self._log(f"{self._name} was not reached to the end: {len(points)} points are missing there")
                 with self._wake:
                     self._params = self._params or params
                     self._points = deque([*points, *self._points], maxlen=KEPT_POINTS)
