@@ -81,6 +81,7 @@ lock: $(VENV)/uv.stamp ## writes requirements/*.txt from pyproject.toml
 	$(LOCK) --extra trainer --extra cli --extra demo pyproject.toml -c requirements/dev.txt -o requirements/demo.txt
 	$(LOCK) --extra operator pyproject.toml -c requirements/dev.txt -o requirements/operator.txt
 	$(LOCK) --extra trainer pyproject.toml -c requirements/dev.txt -o requirements/trainer.txt
+	printf 'mlflow>=3\n' | $(LOCK) - -o requirements/mlflow.txt
 	printf 'hatchling>=1.27\neditables\n' | $(LOCK) - -o requirements/build.txt
 	printf 'cyclonedx-bom\n' | $(LOCK) - -o requirements/sbom.txt
 	printf 'uv\n' | $(LOCK) - -o requirements/bootstrap.txt

@@ -1,4 +1,4 @@
-"""Writes everything that is made from models, tables and values: the CRD, the chart's copy and value schema, the reference pages.
+"""Writes everything that is made from models, tables, values and code: CRD, chart's copy and value schema, reference pages, pictures.
 
 `make generate` runs it; a test and `--check` compare what it would write with what is there. It stands outside the packages because it reads
 several of them.
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import chart_docs
+import schedule_plots
 from finetune_api import crd, docs
 
 CRD_FILE = Path("crds") / f"{crd.CRD_NAME}.yaml"
@@ -30,6 +31,7 @@ def outputs(root: Path) -> dict[Path, str]:
         Path("docs/reference/failures.md"): docs.failures_page(),
         Path("docs/reference/values.md"): chart_docs.values_page((root / CHART / "values.yaml").read_text(encoding="utf-8")),
         Path("docs/reference/permissions.md"): chart_docs.permissions_page(),
+        Path("docs/images/schedules.svg"): schedule_plots.svg(),
     }
 
 

@@ -4,6 +4,7 @@ Imports take a second or more, and a SIGTERM in that time must count: it would e
 kernel gives no signal that it has no handler for, would never learn of it and train on until it is killed.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -21,4 +22,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from finetune_trainer import trackers
+
+    if trackers.left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

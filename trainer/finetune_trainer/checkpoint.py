@@ -168,6 +168,11 @@ class Checkpoints:
             self._rubbish |= dict.fromkeys(self._leftovers())
             self._delete_rubbish()
 
+    @property
+    def origin(self) -> str:
+        """The id of the first execution at this place: a training that begins anew after its output was deleted has another."""
+        return str(self._json("executions/0001.json").get("id", ""))
+
     def name(self, step: int) -> str:
         """Folder of this execution's checkpoint at this step."""
         return f"step-{step:08d}-{self.execution:04d}"

@@ -1,4 +1,4 @@
-"""What people and the operator see of a run: lines or a progress bar, the termination message, TensorBoard files."""
+"""What people and the operator see of a run: lines or a progress bar, progress as the operator reads it, the termination message."""
 
 import fcntl
 import math
@@ -6,8 +6,7 @@ import os
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from pydantic import ValidationError
 
@@ -103,22 +102,3 @@ def _worth(end: EndReport | str) -> int:
     if end.outcome in (Outcome.COMPLETE, Outcome.ALREADY_COMPLETED):
         return 3
     return 1 if end.reason in ("Interrupted", "UserCodeError") else 2
-
-
-class EventFiles:
-    """TensorBoard event files of this run."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        self._writer: Any = SummaryWriter(str(folder))
-
-    def add(self, values: dict[str, float], step: int) -> None:
-        """Scalars at an optimizer step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Writes everything out."""
-        self._writer.close()

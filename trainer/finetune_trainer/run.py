@@ -21,9 +21,10 @@ from finetune_trainer.config import Runtime
 from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.progress import Poster
-from finetune_trainer.report import Console, EventFiles, trainer_status
+from finetune_trainer.report import Console, trainer_status
 from finetune_trainer.store import Missing, Store, open_store, sweep
 from finetune_trainer.tasks import Encoded, Examples, kind_of
+from finetune_trainer.trackers import Trackers, Training, open_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,18 +134,35 @@ class Run:
             checkpoints.begin(restored[0].step if restored else 0)
             sweep(self.output, f"{names.MODEL_DIR}/", self.console.line)
         checkpoints.execution = self.group.tell(checkpoints.execution)
-        events = EventFiles(scratch / "logs" / f"{checkpoints.execution:04d}")
-        loop = self._loop(learner, tokenizer, encoded, checkpoints, events, poster, restored)
+        logs = scratch / "logs" / f"{checkpoints.execution:04d}"
         try:
-            loop.train()
-            if not self.group.leads:
-                return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
-            best = self._best(loop, checkpoints, tokenizer)
-            return self._publish(best, loop, encoded, tokenizer, events)
+            with self._trackers(checkpoints, logs) as trackers:
+                loop = self._loop(learner, tokenizer, encoded, checkpoints, trackers, poster, restored)
+                trackers.params(**recipe.model_dump(mode="json", by_alias=True), resolved=self._resolved(loop))
+                loop.train()
+                if not self.group.leads:
+                    return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
+                best = self._best(loop, checkpoints, tokenizer)
+                return self._publish(best, loop, encoded, tokenizer, trackers)
         finally:
-            events.close()
             if self.group.leads:
-                self._upload_logs(events.folder, checkpoints.execution)
+                self._upload_logs(logs, checkpoints.execution)
+
+    def _trackers(self, checkpoints: Checkpoints, folder: Path) -> Trackers:
+        if not self.group.leads:
+            return Trackers()
+        training = Training.of(self.runtime.job_name, self.recipe.digest(), checkpoints.origin, folder)
+        return open_trackers(training, self.console.line)
+
+    def _resolved(self, loop: "Loop") -> dict[str, Any]:
+        """What the recipe left open."""
+        return {
+            "learningRate": loop.rate,
+            "steps": loop.total_steps,
+            "device": loop.device.type,
+            "precision": loop.state.precision,
+            "processes": self.group.size,
+        }
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[Checkpoint, Path] | None:
         """The newest checkpoint that verifies, the same one at every process."""
@@ -173,7 +191,7 @@ class Run:
         tokenizer: "PreTrainedTokenizerBase",
         encoded: dict[str, Encoded],
         checkpoints: Checkpoints,
-        events: EventFiles,
+        trackers: Trackers,
         poster: Poster,
         restored: tuple[Checkpoint, Path] | None,
     ) -> "Loop":
@@ -193,12 +211,12 @@ class Run:
             latest["left"] = self.console.step(loop.state.step, loop.total_steps, loss, rate)
             if loss == loss:  # noqa: PLR0124  (not NaN: the first step's loss is read with the second)
                 latest["values"] = {"loss": loss, "learning_rate": rate}
-                events.add({"train/loss": loss, "train/learning_rate": rate}, loop.state.step)
+                trackers.scalars({"train/loss": loss, "train/learning_rate": rate}, loop.state.step)
             tell()
 
         def on_evaluation(scores: "Evaluated") -> None:
             latest["scores"] = scores.named("validation")
-            events.add({f"validation/{n}": v for n, v in scores.values.items()}, loop.state.step)
+            trackers.scalars({f"validation/{n}": v for n, v in scores.values.items()}, loop.state.step)
             shown = "  ".join(f"{n} {v:.4f}" for n, v in scores.values.items())
             best = "  (best so far)" if loop.state.best_step == loop.state.step else ""
             self.console.line(f"step {loop.state.step}: validation  {shown}{best}")
@@ -253,7 +271,7 @@ class Run:
         loop: "Loop",
         encoded: dict[str, Encoded],
         tokenizer: "PreTrainedTokenizerBase",
-        events: EventFiles,
+        trackers: Trackers,
     ) -> EndReport:
         """Scores the best model, test data included, and writes model/ and then result.json."""
         from finetune_trainer.evaluation import evaluate
@@ -263,7 +281,7 @@ class Run:
         scores = {s: evaluate(best, self.kind, e, loop.pad, loop.device) for s, e in encoded.items() if s != "train"}
         metrics: list[MetricValue] = [m for split, score in scores.items() for m in score.named(split)]
         for split, score in scores.items():
-            events.add({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
+            trackers.scalars({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
         folder = self.runtime.workdir / "final"
         save_model(best, tokenizer, self.recipe, folder)
         # With output.overwrite another recipe's result is still there: a death in the upload must not leave it beside our model.
@@ -276,13 +294,7 @@ class Run:
             recipe_digest=self.recipe.digest(),
             result=result,
             recipe=self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
-            resolved={
-                "learningRate": loop.rate,
-                "steps": loop.total_steps,
-                "device": loop.device.type,
-                "precision": loop.state.precision,
-                "processes": self.group.size,
-            },
+            resolved=self._resolved(loop),
             evaluations=[Evaluation.model_validate(e) for e in loop.state.evaluations],
             per_class={split: score.per_class for split, score in scores.items() if score.per_class},
             steps=loop.state.step,

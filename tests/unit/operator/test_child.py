@@ -52,6 +52,11 @@ def test_one_attempt_is_one_pod_and_its_cause_is_kept() -> None:
     assert not {"ttlSecondsAfterFinished", "activeDeadlineSeconds", "suspend"} & spec.keys()
 
 
+def test_the_pod_has_as_long_to_save_as_the_recipe_says() -> None:
+    for policy, seconds in (({}, 60), ({"saveDeadlineSeconds": 300}, 300)):
+        assert child(checkpoint=policy)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == seconds
+
+
 def test_it_belongs_to_the_resource() -> None:
     meta = child()["metadata"]
     assert meta["name"] == "ft-3"
