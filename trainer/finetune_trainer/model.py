@@ -1,16 +1,14 @@
 """Finds the pretrained model, sets dropout, builds it with a stock head for the task."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_api.names import ENV_MODEL_MIRROR
 from finetune_api.recipe import Dropout, Recipe
 from finetune_api.tasks import Task
-from finetune_trainer import adapters
+from finetune_trainer import adapters, hub
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import fetch_folder, open_store
+from finetune_trainer.store import FolderStore, fetch_folder
 from finetune_trainer.tasks import TaskKind
 
 if TYPE_CHECKING:
@@ -45,50 +43,19 @@ DROPOUT_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 
+OTHER_FORMATS = ["*.bin", "*.h5", "*.onnx", "*.msgpack", "*.ot"]
+"""Weights that are not read."""
+
 
 def fetch(uri: str, runtime: Runtime) -> Path:
     """A local folder with the model's files. Raises TrainingFailure(ModelNotFound)."""
-    scheme, _, rest = uri.partition("://")
-    if scheme == "file":
-        return _checked(Path(rest), uri)
-    if scheme == "s3":
-        return _fetch_s3(uri, uri, runtime)
-    repository, _, revision = rest.partition("@")
-    if runtime.model_mirror:
-        mirror = runtime.model_mirror.rstrip("/")
-        if mirror.startswith("s3://"):
-            return _fetch_s3(f"{mirror}/{repository}", uri, runtime)
-        if (Path(mirror) / repository).is_dir():
-            return _checked(Path(mirror) / repository, uri)
-    return _fetch_hub(repository, revision or None, uri)
-
-
-def _fetch_s3(place: str, uri: str, runtime: Runtime) -> Path:
+    store = hub.MODELS.open(uri, runtime.model_mirror, runtime.s3_root, only=None, without=OTHER_FORMATS)
+    if isinstance(store, FolderStore) and store.root.is_dir():
+        return _checked(store.root, uri)
     folder = runtime.workdir / "model"
-    if fetch_folder(open_store(place, runtime.s3_root), folder) == 0:
-        raise TrainingFailure("ModelNotFound", f"model.uri {uri}: there are no files under {place}")
+    if fetch_folder(store, folder) == 0:
+        raise TrainingFailure("ModelNotFound", f"model.uri {uri}: there are no files under {store.uri}")
     return _checked(folder, uri)
-
-
-def _fetch_hub(repository: str, revision: str | None, uri: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        folder = snapshot_download(
-            repository, revision=revision, ignore_patterns=["*.bin", "*.h5", "*.onnx", "*.msgpack", "*.ot"]
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        message = f"model.uri {uri}: the hub has no such model or revision, or it needs a token"
-        raise TrainingFailure("ModelNotFound", message) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        mirror = os.environ.get(ENV_MODEL_MIRROR) or "none is set"
-        raise TrainingFailure(
-            "ModelNotFound",
-            f"model.uri {uri}: it is not in the model mirror ({mirror}) and the hub "
-            "cannot be reached: set the mirror (FINETUNE_MODEL_MIRROR, --model-mirror) or use s3:// or file://",
-        ) from error
-    return _checked(Path(folder), uri)
 
 
 def _checked(folder: Path, uri: str) -> Path:

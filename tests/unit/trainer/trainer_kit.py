@@ -64,6 +64,7 @@ def rows(count: int, offset: int = 0) -> list[dict[str, str]]:
         words = [FILLERS[(i * 5 + k) % len(FILLERS)] for k in range(i % 7)] + [WORDS[label][(i * 3 + 1) % 5]]
         if i % 4 == 0:
             words.append(WORDS[LABELS[(i + 1) % 3]][i % 5])  # some noise, so that scores move
+        words.append(str(i))  # no text twice: train would lose those that are in validation too
         made.append({"text": " ".join(words), "label": label})
     return made
 
@@ -130,6 +131,7 @@ class Job:
     runs: list[ScriptedConsole] = field(default_factory=list)
     s3_root: Path | None = None
     mirror: str | None = None
+    dataset_mirror: str | None = None
 
     @property
     def output(self) -> Path:
@@ -152,7 +154,9 @@ class Job:
     def runtime(self) -> Runtime:
         self.home.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix="work-", dir=self.home))  # each run a fresh pod: nothing local survives
-        return Runtime(job_name="tiny", workdir=work, s3_root=self.s3_root, model_mirror=self.mirror)
+        return Runtime(
+            job_name="tiny", workdir=work, s3_root=self.s3_root, model_mirror=self.mirror, dataset_mirror=self.dataset_mirror
+        )
 
     def run(self, *, kill_at: int | None = None, stop_at: int | None = None, **changes: Any) -> EndReport:
         """Runs to the end, or until it is killed (raises Killed) or told to stop after that step (raises TrainingFailure)."""

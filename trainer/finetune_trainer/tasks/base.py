@@ -5,6 +5,7 @@ numbers for each row (`outputs`) out of which `score` makes the metrics.
 """
 
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,9 +40,17 @@ class Examples:
     texts: list[Any]
     labels: Any
     """An array whose first axis is the rows, or a list with something for each row."""
+    groups: list[str] | None = None
+    """Of each row, what groupColumn says; "" where it says nothing. None without a groupColumn."""
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Examples":
+        """These rows, in this order."""
+        labels = self.labels[rows] if isinstance(self.labels, np.ndarray) else [self.labels[r] for r in rows]
+        groups = None if self.groups is None else [self.groups[r] for r in rows]
+        return Examples(self.name, [self.texts[r] for r in rows], labels, groups)
 
 
 @dataclass(frozen=True)
@@ -118,9 +127,17 @@ class TaskKind(ABC):
         """Targets of all rows as Examples.labels."""
         return list(targets)
 
-    def absent(self, labels: Any) -> list[str]:  # noqa: ARG002
-        """Labels that no row has; a training would never learn them."""
-        return []
+    def counts(self, labels: Any) -> dict[str, int]:  # noqa: ARG002
+        """How often each label is there, in the order of dataset.labels; of a task without labels nothing."""
+        return {}
+
+    def strata(self, labels: Any) -> npt.NDArray[np.int64]:
+        """What a split keeps in proportion, an id for each row: of texts with one label that, of others nothing."""
+        return np.zeros(len(labels), dtype=np.int64)
+
+    def key(self, text: Any, target: Any) -> str:  # noqa: ARG002
+        """Examples with the same key are the same text: a model that trained on one has seen the other."""
+        return normalised(text)
 
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
         """Token ids of every row, at most max_length each."""
@@ -180,6 +197,15 @@ def text_of(row: Row, column: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise BadRowError(f"{column} holds half a surrogate pair (\\ud800 to \\udfff): it is no valid text")
     return text
+
+
+def normalised(text: Any) -> str:
+    """A text (or its parts, or the messages of a chat) in Unicode's form NFC, with single spaces."""
+    if isinstance(text, str):
+        return " ".join(unicodedata.normalize("NFC", text).split())
+    if isinstance(text, dict):
+        return normalised([text["role"], text["content"]])
+    return "\0".join(normalised(part) for part in text)
 
 
 def softmax(scores: Floats) -> Floats:

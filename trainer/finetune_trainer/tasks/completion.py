@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.tasks.base import IGNORED, BadRowError, Encoded, Evaluated, Examples, Floats, Row, TaskKind, text_of
+from finetune_trainer.tasks.base import (
+    IGNORED,
+    BadRowError,
+    Encoded,
+    Evaluated,
+    Examples,
+    Floats,
+    Row,
+    TaskKind,
+    normalised,
+    text_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +63,9 @@ class Completion(TaskKind):
         if not any(message["role"] == "assistant" for message in self.input(row)):
             raise BadRowError(f"{self.columns[0]} has no message of the assistant")
         return ""
+
+    def key(self, text: Any, target: Any) -> str:
+        return normalised([text, target])  # one prompt may stand before many completions
 
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
         ids, labels, cut = [], [], 0

@@ -1,5 +1,6 @@
 """TokenClassification: a tag for every word. A word of several tokens has its tag on the first; the others have none."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,9 @@ class Tagging(TaskKind):
             raise BadRowError(f"{column} has a tag that is not one of dataset.labels ({', '.join(self.labels)})")
         return [self.ids[tag] for tag in tags]
 
-    def absent(self, labels: Any) -> list[str]:
-        there = {tag for row in labels for tag in row}
-        return [label for label, i in self.ids.items() if i not in there]
+    def counts(self, labels: Any) -> dict[str, int]:
+        found = Counter(tag for row in labels for tag in row)
+        return {label: found[i] for label, i in self.ids.items()}
 
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
         made = tokenizer(examples.texts, is_split_into_words=True, truncation=True, max_length=max_length)
@@ -88,6 +89,6 @@ class Tagging(TaskKind):
 def _items(row: Row, column: str) -> list[str]:
     value = row[column]
     items = [str(item) for item in value] if isinstance(value, list) else str(value or "").split()
-    if not items:
+    if not items or (isinstance(value, list) and None in value):
         raise BadRowError(f"{column} is empty or no text")
     return items
