@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.tasks import IGNORED, Encoded
+from finetune_trainer.tasks import IGNORED, Encoded, Ragged
 
 if TYPE_CHECKING:
     import torch
@@ -34,18 +34,11 @@ def collate(encoded: Encoded, rows: npt.NDArray[np.int64], pad: int, device: "to
     """Tensors of one batch: input_ids, attention_mask and, of pairs, token_type_ids (rows, longest); labels (rows, ...)."""
     import torch
 
-    ids = [encoded.ids[r] for r in rows]
-    arrays = {"input_ids": _padded(ids, pad), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}
+    ids = encoded.ids.padded(rows, pad)
+    attended = np.arange(ids.shape[1]) < encoded.lengths[rows][:, None]
+    arrays = {"input_ids": ids, "attention_mask": attended.astype(np.int64)}
     if encoded.types is not None:
-        arrays["token_type_ids"] = _padded([encoded.types[r] for r in rows], 0)
-    by_token = isinstance(encoded.labels, list)
-    arrays["labels"] = _padded([encoded.labels[r] for r in rows], IGNORED) if by_token else encoded.labels[rows]
+        arrays["token_type_ids"] = encoded.types.padded(rows, 0)
+    by_token = isinstance(encoded.labels, Ragged)
+    arrays["labels"] = encoded.labels.padded(rows, IGNORED) if by_token else encoded.labels[rows]
     return {name: torch.from_numpy(a).to(device, non_blocking=True) for name, a in arrays.items()}
-
-
-def _padded(rows: list[list[int]], value: int) -> npt.NDArray[np.int64]:
-    """On the right: (rows, longest)."""
-    out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out

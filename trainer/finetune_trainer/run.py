@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api import Recipe, names
 from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, Result
 from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
-from finetune_trainer import adapters, model
+from finetune_trainer import adapters, model, token_cache
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
 from finetune_trainer.dist import Group
@@ -115,7 +115,7 @@ class Run:
         # A checkpoint of adapters holds nothing else.
         self.source = saved if saved and not recipe.model.lora else model.fetch(recipe.model.uri, self.runtime)
         tokenizer = model.load_tokenizer(saved or self.source, recipe)
-        encoded = {s: self.kind.encode(examples, tokenizer, recipe.dataset.max_length) for s, examples in splits.items()}
+        encoded = token_cache.encode(splits, self.kind, tokenizer, scratch / "tokens", self.console.line)
         self._tell_truncation(encoded)
         torch.manual_seed(recipe.hyperparameters.seed)
         learner = model.build(self.source, recipe, self.kind, tokenizer, saved).to(self.group.device())

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from finetune_api.finetunejob import MetricValue
 from finetune_api.recipe import Dataset
+from finetune_trainer.tasks.encoded import Encoded, Ragged
 
 if TYPE_CHECKING:
     import torch
@@ -51,25 +52,6 @@ class Examples:
         labels = self.labels[rows] if isinstance(self.labels, np.ndarray) else [self.labels[r] for r in rows]
         groups = None if self.groups is None else [self.groups[r] for r in rows]
         return Examples(self.name, [self.texts[r] for r in rows], labels, groups)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One split as token ids; row i has ids[i] and labels[i]. `truncated` rows were longer than maxLength."""
-
-    ids: list[list[int]]
-    labels: Any
-    """An array (rows, ...), or a list with one label id for each token of each row."""
-    truncated: int
-    types: list[list[int]] | None = None
-    """Which of two texts a token is of, for models that want to know."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return np.array([len(row) for row in self.ids], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -143,11 +125,13 @@ class TaskKind(ABC):
         """Token ids of every row, at most max_length each."""
         pairs = bool(self.dataset.text_pair_column)
         texts = [list(sides) for sides in zip(*examples.texts, strict=True)] if pairs else [list(examples.texts)]
-        made = tokenizer(*texts, truncation=True, max_length=max_length)
-        ids: list[list[int]] = made["input_ids"]
+        wanted = {"return_attention_mask": False, "return_token_type_ids": None if pairs else False}
+        made = tokenizer(*texts, truncation=True, max_length=max_length, **wanted)
+        ids = Ragged.of(made["input_ids"])
         # A row of exactly max_length was most likely cut; counting exactly would mean tokenising twice.
-        cut = sum(len(row) >= max_length for row in ids)
-        return Encoded(ids, examples.labels, cut, made.get("token_type_ids") if pairs else None)
+        cut = int((ids.lengths >= max_length).sum())
+        types = made.get("token_type_ids")
+        return Encoded(ids, examples.labels, cut, None if types is None else Ragged.of(types))
 
     def weights(self, data: Encoded) -> Floats:
         """How much each row counts in the mean loss, shape (rows,)."""

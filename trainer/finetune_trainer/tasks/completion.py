@@ -9,7 +9,6 @@ from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.tasks.base import (
     IGNORED,
     BadRowError,
-    Encoded,
     Evaluated,
     Examples,
     Floats,
@@ -18,6 +17,7 @@ from finetune_trainer.tasks.base import (
     normalised,
     text_of,
 )
+from finetune_trainer.tasks.encoded import Encoded, Ragged
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +78,11 @@ class Completion(TaskKind):
                 tokens, learned = tokens[start : start + max_length], learned[start : start + max_length]
             ids.append(tokens)
             labels.append(learned)
-        return Encoded(ids, labels, cut)
+        return Encoded(Ragged.of(ids), Ragged.of(labels), cut)
 
     def weights(self, data: Encoded) -> Floats:
         # The first token is nobody's next one.
-        return np.array([sum(token != IGNORED for token in row[1:]) for row in data.labels], dtype=np.float64)
+        return np.array([np.count_nonzero(row[1:] != IGNORED) for row in data.labels], dtype=np.float64)
 
     def configure(self, config: "PretrainedConfig") -> None:
         """Everything stays as it was pretrained."""
