@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Arrays = dict[str, npt.NDArray[Any]]
 PACKAGES = ("finetune-operator", "transformers", "tokenizers")
 """Another version may make other tokens."""
+PASSING = (
+    *("truncation", "padding"),  # in tokenizer.json: of the last call
+    *("max_length", "stride", "truncation_side", "truncation_strategy", "is_local", "local_files_only"),  # of the last loading
+)
 
 
 def encode(
@@ -47,14 +51,15 @@ def encode(
 
 
 def _state(tokenizer: "PreTrainedTokenizerBase") -> bytes:
-    """A hash of all that it would save, but for what calls leave in it: the copy in a checkpoint has the same."""
-    digest = hashlib.sha256()
+    """A hash of all that it would save, but for what loading and calls leave in it: its copy in a checkpoint has the same."""
+    digest = hashlib.sha256(tokenizer.truncation_side.encode())
     with tempfile.TemporaryDirectory(prefix="finetune-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*.*")):
             content = path.read_bytes()
-            if path.name == "tokenizer.json":
-                content = json.dumps({**json.loads(content), "truncation": None, "padding": None}).encode()
+            if path.name in ("tokenizer.json", "tokenizer_config.json"):
+                kept = {key: value for key, value in json.loads(content).items() if key not in PASSING}
+                content = json.dumps(kept, sort_keys=True).encode()
             digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.digest()
 

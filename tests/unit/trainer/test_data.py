@@ -13,6 +13,7 @@ from finetune_api.tasks import Task
 from finetune_trainer.data import BUCKET_BATCHES, collate, plan
 from finetune_trainer.tasks import IGNORED, Encoded, Examples, Ragged, kind_of
 
+
 def test_encoding_cuts_at_max_length_and_counts(tiny_model: Path) -> None:
     from transformers import AutoTokenizer
 

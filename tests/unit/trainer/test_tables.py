@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,28 @@ BAD: dict[str, tuple[str | bytes, str, str]] = {
     "unknown-label": (f"text,label\nx,good\n{SECRET},terrible\n", "train.csv", r"line 3: its label is not one of .*bad, good"),
     "empty-text": ("text,label\nx,good\n  ,good\n", "train.csv", "line 3: text is empty"),
     "null-text": ('{"text": "x", "label": "good"}\n{"text": null, "label": "good"}\n', "train.jsonl", "line 2: text is empty"),
-    "half-an-emoji": ('{"text": "x", "label": "good"}\n{"text": "\\ud83d", "label": "good"}\n', "train.jsonl", "line 2: .*surrog"),
+    "half-an-emoji": (
+        '{"text": "x", "label": "good"}\n{"text": "\\ud83d", "label": "good"}\n',
+        "train.jsonl",
+        "line 2: .*surrog",
+    ),
     "line-after-line-break": (f'text,label\n"a\nb",good\n{SECRET},ugly\n', "train.csv", "line 4: its label"),
     "ragged": (f"text,label\nx,good\n{SECRET}, and more,good\n", "train.csv", r"line 3 has 3 fields, the header has 2: quote"),
     "short-row": (f"text,label\nx,good\n{SECRET}\n", "train.csv", "line 3 has 1 fields, the header has 2"),
-    "open-quote": (f'text,label\nx,good\n"{SECRET},good\n', "train.csv", "line 3 is not valid csv"),
     "words-after-a-quote": (f'text,label\nx,good\n"{SECRET}" x,good\n', "train.csv", "line 3 is not valid csv"),
     "latin-1": (b"text,label\nok,good\ncaf\xe9,good\n", "train.csv", "line 3 is not UTF-8: save the file as UTF-8"),
-    "latin-1-json": (b'{"text": "x", "label": "good"}\n{"text": "caf\xe9", "label": "bad"}', "train.jsonl", "line 2 is not UTF-8"),
+    "latin-1-json": (
+        b'{"text": "x", "label": "good"}\n{"text": "caf\xe9", "label": "bad"}',
+        "train.jsonl",
+        "line 2 is not UTF-8",
+    ),
     "nul": (b"text,label\na,good\n\0,good\n", "train.csv", "line 3 holds a NUL byte"),
     "not-json": (f'{{"text": "x", "label": "good"}}\n{{"text": "{SECRET}", \n', "train.jsonl", "line 2 is not valid JSON"),
-    "long-number": (f'{{"text": "x", "label": "good"}}\n{{"text": {"1" * 5000}}}\n', "train.jsonl", "line 2 is not valid JSON: too"),
+    "long-number": (
+        f'{{"text": "x", "label": "good"}}\n{{"text": {"1" * 5000}}}\n',
+        "train.jsonl",
+        "line 2 is not valid JSON: too",
+    ),
     "deep": (f'{{"text": "x", "label": "good"}}\n{"[" * 100_000}\n', "train.jsonl", "line 2 is not valid JSON"),
     "not-an-object": (f'{{"text": "x", "label": "good"}}\n["{SECRET}"]\n', "train.jsonl", "line 2 is not a JSON object"),
     "no-label": (
@@ -113,13 +125,10 @@ BAD: dict[str, tuple[str | bytes, str, str]] = {
 def test_a_bad_row_is_told_and_the_others_are_read(tmp_path: Path, case: str) -> None:
     content, name, said = BAD[case]
     more = {"train.csv": b"y,bad\n", "train.jsonl": b'\n{"text": "y", "label": "bad"}\n'}[name]
-    if case == "open-quote":
-        more = b'"'  # it would be part of the text
     made = read(tmp_path, (content.encode() if isinstance(content, str) else content) + more, name=name)
-    assert len(made.examples) == (1 if case == "open-quote" else 3 if case == "line-after-line-break" else 2)
-    with pytest.raises(TrainingFailure, match=said.rstrip("$")):
-        raise TrainingFailure("DataInvalid", tables.listed({name: made.bad}))
+    assert len(made.examples) == 2
     assert len(made.bad) == 1
+    assert re.search(f"^{said}", made.bad[0].said)
     assert SECRET not in made.bad[0].said
     assert "terrible" not in made.bad[0].said, "a label that is not listed is text as well"
 
@@ -155,7 +164,7 @@ def test_a_spoilt_file_is_told_and_never_by_text(tmp_path: Path, case: str) -> N
 def test_a_quote_that_is_not_closed_counts_for_every_line_that_it_swallows(tmp_path: Path) -> None:
     made = read(tmp_path, 'text,label\nx,good\n"open,good\n' + "y,bad\n" * 7)
     assert made.examples.texts == ["x"]
-    assert [row.rows for row in made.bad] == [8]
+    assert made.bad == [BadRow("line 3 is not valid csv: unexpected end of data", 8)]
     # One that another quote closes by chance: what follows is read again, what was swallowed is counted.
     made = read(tmp_path, 'text,label\n"open,good\ny,bad\n"quoted",bad\nz,bad\n')
     assert made.examples.texts == ["z"]
