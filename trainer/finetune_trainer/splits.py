@@ -169,7 +169,7 @@ def _generator(seed: int) -> np.random.Generator:
 def hold_out(strata: npt.NDArray[np.int64], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
     """Which rows to hold out, shape (rows,): of each stratum its share to within one row, and never all of it."""
     rng, sizes = _generator(seed), np.bincount(strata)
-    held = np.minimum(np.floor(fraction * sizes).astype(np.int64), np.maximum(sizes - 1, 0))
+    held = np.floor(fraction * sizes).astype(np.int64)
     # The rows that rounding down has left over go to the strata that lack most, equal ones in random order.
     lack = np.where(held + 1 < sizes, fraction * sizes - held, 0.0)
     order = rng.permutation(len(sizes))
@@ -201,7 +201,7 @@ def hold_out_groups(strata: npt.NDArray[np.int64], groups: list[str], fraction: 
         taken = np.zeros(len(sizes), dtype=np.bool_)
         taken[order[:count]] = True
         held = np.bincount(strata[taken[group]], minlength=len(whole))
-        distance = ((held - fraction * whole) ** 2).sum() + (held.sum() - wanted) ** 2
+        distance = ((held - fraction * whole) ** 2).sum()
         if distance < least and (held < whole)[whole > 0].all():
             best, least = taken[group], distance
     if np.isinf(least):

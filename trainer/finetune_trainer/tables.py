@@ -132,8 +132,9 @@ def _parquet(path: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[st
     from pyarrow.parquet import ParquetFile
 
     number = 0
-    try:
-        with ParquetFile(path) as file:
+    with path.open("rb") as raw:
+        try:
+            file = ParquetFile(raw)
             _need(columns, file.schema_arrow.names, name)
             for batch in file.iter_batches(columns=list(columns)):
                 for values in zip(*(_values(batch.column(c)) for c in columns), strict=True):
@@ -142,8 +143,9 @@ def _parquet(path: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[st
                         yield BadRow(f"row {number} {_UTF8}")
                     else:
                         yield f"row {number}", dict(zip(columns, values, strict=True))
-    except (ArrowException, OSError) as error:
-        raise TrainingFailure("DataInvalid", f"{name}: cannot be read as parquet after row {number}") from error
+        except (ArrowException, OSError) as error:
+            where = f" after row {number}" if number else ""
+            raise TrainingFailure("DataInvalid", f"{name}: cannot be read as parquet{where}") from error
 
 
 _NOT_UTF8 = object()

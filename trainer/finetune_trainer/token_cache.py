@@ -45,8 +45,7 @@ def encode(
             kind.encode(examples.take(np.arange(1)), tokenizer, kind.dataset.max_length)
         encoded[split] = found
         used.add(file)
-    for file in set(folder.glob("*")) - used:
-        file.unlink()
+    _sweep(folder, used, log)
     return encoded
 
 
@@ -90,6 +89,15 @@ def _save(file: Path, encoded: Encoded, log: Callable[[str], None]) -> None:
     except (OSError, SafetensorError) as error:
         # A full disk is no reason not to train: the next run tokenises again.
         log(f"data: the tokens cannot be kept for the next run in {file.parent}: {error}")
+
+
+def _sweep(folder: Path, used: set[Path], log: Callable[[str], None]) -> None:
+    try:
+        for file in folder.glob("*"):
+            if file not in used:
+                file.unlink()
+    except OSError as error:
+        log(f"data: tokens of earlier runs cannot be removed from {folder}: {error}")
 
 
 def _load(file: Path, split: str, log: Callable[[str], None]) -> Encoded | None:

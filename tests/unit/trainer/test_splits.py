@@ -80,8 +80,9 @@ def test_groups_keep_labels_nearly_in_proportion() -> None:
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 200, size=1000)
     strata = (rng.random(1000) < np.where(groups % 2, 0.9, 0.1)).astype(np.int64)  # the group says much about the label
-    held = hold_out_groups(strata, groups.astype(str).tolist(), 0.2, 3)
-    assert abs(np.bincount(strata[held]) - 0.2 * np.bincount(strata)).max() <= 5
+    for seed in range(5):
+        held = hold_out_groups(strata, groups.astype(str).tolist(), 0.2, seed)
+        assert abs(np.bincount(strata[held]) - 0.2 * np.bincount(strata)).max() <= 3, "one random draw is away by 12"
 
 
 @pytest.mark.parametrize("groups", [["a"] * 6, ["a"] * 3 + ["b"] * 3], ids=["one-group", "a-label-in-one-group"])

@@ -146,11 +146,6 @@ def _empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def _folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
 @pytest.mark.parametrize("spoil", [_flip, _cut, _empty])
 def test_damaged_tokens_are_made_again_and_that_is_said(tokenizer: Any, tmp_path: Path, spoil: Any) -> None:
     kind, examples, told = kind_for(*DATA["tagging"][:2]), DATA["tagging"][2], Told()
@@ -172,6 +167,18 @@ def test_a_folder_that_cannot_be_written_is_no_reason_not_to_train(tokenizer: An
     assert len(encoded) == 3
     assert len(told) == 1
     assert told[0].startswith(f"data: the tokens cannot be kept for the next run in {tmp_path / 'tokens'}: ")
+
+
+def test_what_is_in_the_way_stays(tokenizer: Any, tmp_path: Path) -> None:
+    kind, examples, told = kind_for(*DATA["single"][:2]), DATA["single"][2], Told()
+    token_cache.encode({"train": examples}, kind, tokenizer, tmp_path / "tokens", told)
+    (file,) = (tmp_path / "tokens").iterdir()
+    file.unlink()
+    file.mkdir()
+    (tmp_path / "tokens/other").mkdir()
+    assert len(token_cache.encode({"train": examples}, kind, tokenizer, tmp_path / "tokens", told)["train"]) == 3
+    for line, said in zip(told, ("are damaged", "cannot be kept", "cannot be removed"), strict=True):
+        assert said in line
 
 
 def test_a_job_that_goes_on_where_it_was_takes_its_tokens_and_learns_the_same(
