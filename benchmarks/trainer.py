@@ -300,7 +300,8 @@ def report(corpus: common.Corpus, runs: dict[str, list[Measured]]) -> int:
         for case, measured in runs.items()
     ]
     common.print_table(
-        f"MiniLM (22.7M parameters), {len(corpus.train)} {corpus.name}, batch {BATCH_SIZE}, {EPOCHS} epoch, 1 thread, {len(next(iter(runs.values())))} repeats",
+        f"MiniLM (22.7M parameters), {len(corpus.train)} {corpus.name}, batch {BATCH_SIZE}, {EPOCHS} epoch, 1 thread, "
+        f"{len(next(iter(runs.values())))} repeats",
         ("", "samples/CPU-s", "samples/s", "peak MiB", "macro-F1", "real tokens", "of bare matmul"),
         [
             (

@@ -14,6 +14,7 @@ SIGINT_EXIT = 130
 # finetune_api.names has these too, but importing it would import pydantic: `--help` answers before that. A test compares.
 ENV_S3_ROOT = "FINETUNE_S3_ROOT"
 ENV_MODEL_MIRROR = "FINETUNE_MODEL_MIRROR"
+ENV_DATASET_MIRROR = "FINETUNE_DATASET_MIRROR"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +86,7 @@ def _run_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
         default=os.environ.get(ENV_MODEL_MIRROR),
         help=f"folder or s3:// prefix laid out as org/name/ in which hf:// models are looked up first (default: {ENV_MODEL_MIRROR})",
     )
+    _dataset_option(parser)
     parser.set_defaults(command=_run)
 
 
@@ -95,6 +97,7 @@ def _validate_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
         description="Checks the manifest, reads the data as the trainer would, and counts it. Exit 0: fine; 2: something must change.",
     )
     _manifest_options(parser)
+    _dataset_option(parser)
     parser.set_defaults(command=_validate)
 
 
@@ -107,7 +110,7 @@ def _predict_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
     _model_options(parser)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="text to label")
     parser.add_argument(
-        "--file", type=Path, metavar="FILE", help="csv or jsonl with a text column, or txt with one text per line"
+        "--file", type=Path, metavar="FILE", help="csv, jsonl or parquet with a text column, or txt with one text per line"
     )
     parser.add_argument("--text-column", metavar="NAME", help="column of --file (default: as in the training data)")
     parser.set_defaults(command=_predict)
@@ -117,10 +120,10 @@ def _evaluate_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a trained model on labelled data",
-        description="Scores the model on a csv or jsonl file with texts and true labels.",
+        description="Scores the model on a csv, jsonl or parquet file with texts and true labels.",
     )
     _model_options(parser)
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="csv or jsonl file")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="csv, jsonl or parquet file")
     parser.add_argument("--text-column", metavar="NAME", help="column with the text (default: as in the training data)")
     parser.add_argument("--label-column", metavar="NAME", help="column with the label (default: as in the training data)")
     parser.set_defaults(command=_evaluate)
@@ -137,6 +140,15 @@ def _manifest_options(parser: argparse.ArgumentParser) -> None:
         help="change a field of spec, for example hyperparameters.epochs=5; repeatable",
     )
     _s3_option(parser)
+
+
+def _dataset_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset-mirror",
+        metavar="DIR",
+        default=os.environ.get(ENV_DATASET_MIRROR),
+        help=f"folder or s3:// prefix laid out as org/name/ in which hf:// data sets are looked up first (default: {ENV_DATASET_MIRROR})",
+    )
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -165,13 +177,14 @@ def _run(options: argparse.Namespace) -> int:
         workdir=options.workdir,
         s3_root=options.s3_root,
         model_mirror=options.model_mirror,
+        dataset_mirror=options.dataset_mirror,
     )
 
 
 def _validate(options: argparse.Namespace) -> int:
     from finetune_cli.validate import validate
 
-    return validate(options.file, options.overrides, s3_root=options.s3_root)
+    return validate(options.file, options.overrides, s3_root=options.s3_root, dataset_mirror=options.dataset_mirror)
 
 
 def _predict(options: argparse.Namespace) -> int:

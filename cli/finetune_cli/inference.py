@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_cli import inputs, show
 from finetune_cli.errors import UserError
-from finetune_trainer.data import read_table
+from finetune_trainer import tables
 from finetune_trainer.errors import TrainingFailure
 
 if TYPE_CHECKING:
     from finetune_trainer.inference import Card, Predictor
 
 SHOWN_CHARACTERS = 60
-TABLES = (".csv", ".jsonl")
 
 
 def predict(
@@ -61,8 +60,8 @@ def evaluate(
     model: str, data: Path, *, text_column: str | None, label_column: str | None, as_json: bool, s3_root: Path | None
 ) -> int:
     """Prints the scores on a labelled file; 0. Raises UserError."""
-    if data.suffix not in TABLES:
-        raise UserError(f"--data {data}: must be a .csv or .jsonl file")
+    if data.suffix not in tables.SUFFIXES:
+        raise UserError(f"--data {data}: must be a .csv, .jsonl or .parquet file")
     with _model_folder(model, s3_root) as folder:
         card = _with_columns(_card(folder), text_column, label_column)
         rows = _table(data, card.kind.columns)
@@ -131,10 +130,10 @@ def _texts_to_label(file: Path | None, card: "Card") -> list[Any]:
 
 
 def _texts_of(file: Path, card: "Card") -> list[Any]:
-    if file.suffix in TABLES:
+    if file.suffix in tables.SUFFIXES:
         return _inputs(card, _table(file, card.kind.inputs), file)
     if file.suffix != ".txt":
-        raise UserError(f"--file {file}: must be a .csv, .jsonl or .txt file")
+        raise UserError(f"--file {file}: must be a .csv, .jsonl, .parquet or .txt file")
     try:
         return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -143,7 +142,7 @@ def _texts_of(file: Path, card: "Card") -> list[Any]:
 
 def _table(file: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
-        return read_table(file, columns, str(file))
+        return tables.read_all(file, columns, str(file))
     except TrainingFailure as failure:
         # The trainer's sentences name the manifest's fields; here the columns are named by flags.
         message = failure.message.replace("correct the columns in dataset", "say others with --text-column, --label-column")

@@ -30,6 +30,15 @@ def s3_root(folder: Path | None) -> Path | None:
     return folder.resolve()
 
 
+def mirror(flag: str, named: str | None) -> str | None:
+    """A folder as an absolute path, or an s3:// prefix as it is."""
+    if not named or named.startswith("s3://"):
+        return named or None
+    if not Path(named).is_dir():
+        raise UserError(f"{flag} {named}: there is no such folder; below it are folders org/name/")
+    return str(Path(named).resolve())
+
+
 def local_path(uri: str, root: Path | None) -> Path | None:
     """Where the uri is on this machine; None where it is in S3."""
     if uri.startswith("file://"):

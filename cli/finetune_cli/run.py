@@ -35,11 +35,22 @@ SIGNAL_EXIT = 128
 """A process ended by signal n has exit code 128 + n, as in a shell and in a pod."""
 
 
-def run(file: Path, overrides: list[str], *, workdir: Path | None, s3_root: Path | None, model_mirror: str | None) -> int:
+def run(
+    file: Path,
+    overrides: list[str],
+    *,
+    workdir: Path | None,
+    s3_root: Path | None,
+    model_mirror: str | None,
+    dataset_mirror: str | None,
+) -> int:
     """Trains, or goes on, or shows the result that is there already; the trainer's exit code. Raises UserError."""
     job = inputs.job(file, overrides)
     root = inputs.s3_root(s3_root)
-    mirror = _mirror(model_mirror)
+    mirrors = {
+        "model_mirror": inputs.mirror("--model-mirror", model_mirror),
+        "dataset_mirror": inputs.mirror("--dataset-mirror", dataset_mirror),
+    }
     if not job.spec.trainer.command and importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("torch", name="torch")
     scratch = (workdir or Path(".finetune") / job.metadata["name"]).resolve()
@@ -47,9 +58,7 @@ def run(file: Path, overrides: list[str], *, workdir: Path | None, s3_root: Path
     with _alone(scratch, job) as lock:
         log = scratch / TERMINATION_FILE
         log.unlink(missing_ok=True)
-        environment = trainer_environment(
-            job, _next_attempt(scratch), workdir=str(scratch), termination_log=str(log), model_mirror=mirror
-        )
+        environment = trainer_environment(job, _next_attempt(scratch), workdir=str(scratch), termination_log=str(log), **mirrors)
         if root is not None:
             environment[names.ENV_S3_ROOT] = str(root)
         command = [*job.spec.trainer.command, *job.spec.trainer.args] or [sys.executable, "-m", "finetune_trainer"]
@@ -62,14 +71,6 @@ def run(file: Path, overrides: list[str], *, workdir: Path | None, s3_root: Path
     else:
         _explain(code, end)
     return code
-
-
-def _mirror(named: str | None) -> str | None:
-    if not named or named.startswith("s3://"):
-        return named or None
-    if not Path(named).is_dir():
-        raise UserError(f"--model-mirror {named}: there is no such folder; it holds models as org/name/")
-    return str(Path(named).resolve())
 
 
 # ------------------------------------------------------------------------------------------------- one attempt at a time ----

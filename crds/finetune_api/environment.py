@@ -8,10 +8,16 @@ from finetune_api.finetunejob import FineTuneJob
 
 
 def trainer_environment(
-    job: FineTuneJob, attempt: int, *, workdir: str, termination_log: str, model_mirror: str | None = None
+    job: FineTuneJob,
+    attempt: int,
+    *,
+    workdir: str,
+    termination_log: str,
+    model_mirror: str | None = None,
+    dataset_mirror: str | None = None,
 ) -> dict[str, str]:
     """The variables of one attempt (counted from 1). `workdir` and `termination_log` are absolute paths as the process sees them;
-    `model_mirror` is a folder or an s3:// prefix."""
+    a mirror is a folder or an s3:// prefix."""
     environment = {
         names.ENV_JOB_NAME: job.metadata["name"],
         names.ENV_NAMESPACE: job.metadata.get("namespace") or "default",
@@ -24,4 +30,6 @@ def trainer_environment(
         environment[names.ENV_JOB] = job.spec.recipe().model_dump_json(by_alias=True, exclude_none=True)
     if model_mirror:
         environment[names.ENV_MODEL_MIRROR] = model_mirror
+    if dataset_mirror:
+        environment[names.ENV_DATASET_MIRROR] = dataset_mirror
     return environment

@@ -15,10 +15,11 @@ from finetune_api.base import Cel, EachOnce, Model, Shape
 from finetune_api.names import CHECKPOINTS_DIR
 from finetune_api.tasks import METRICS, RULES, Metric, Task
 
-MODEL_URI = r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9._/-]+)?|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+|file:///.+)$"
-DATA_URI = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|file:///.+)$"
+HUB_NAME = r"hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9._/-]+)?"
+MODEL_URI = rf"^({HUB_NAME}|s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/.+|file:///.+)$"
+DATA_URI = rf"^({HUB_NAME}|s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/.*)?|file:///.+)$"
 STORAGE_URI = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+|file:///.+)$"
-DATA_FILE = r"^[A-Za-z0-9_][A-Za-z0-9._/-]*\.(csv|jsonl)$"
+DATA_FILE = r"^[A-Za-z0-9_][A-Za-z0-9._/-]*\.(csv|jsonl|parquet)$"
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -28,7 +29,11 @@ ModelUri = Annotated[
     StringConstraints(max_length=1024),
     Shape(MODEL_URI, "must be hf://org/name[@revision], s3://bucket/prefix or file:///path"),
 ]
-DataUri = Annotated[str, StringConstraints(max_length=1024), Shape(DATA_URI, "must be s3://bucket/prefix or file:///path")]
+DataUri = Annotated[
+    str,
+    StringConstraints(max_length=1024),
+    Shape(DATA_URI, "must be hf://org/name[@revision], s3://bucket/prefix or file:///path"),
+]
 StorageUri = Annotated[
     str,
     StringConstraints(max_length=1024),
@@ -37,7 +42,7 @@ StorageUri = Annotated[
 DataFile = Annotated[
     str,
     StringConstraints(max_length=253),
-    Shape(DATA_FILE, "must be the name of a .csv or .jsonl file, relative to dataset.uri"),
+    Shape(DATA_FILE, "must be the name of a .csv, .jsonl or .parquet file, relative to dataset.uri"),
 ]
 
 
@@ -82,15 +87,30 @@ class MultiLabel(Model):
     """Probability from which on a label is predicted."""
 
 
+# What a dataset's rules in CEL say of fields that may be absent.
+_VALIDATION = "(has(self.validation) ? self.validation : 'validation.csv')"
+_OTHER_TEXTS = ", ".join(
+    f"has(self.{name}) ? self.{name} : ''" for name in ("textPairColumn", "promptColumn", "completionColumn", "messagesColumn")
+)
+
+
 class Dataset(Model):
-    """The labelled examples: csv (with a header line) or jsonl (one object per line), in UTF-8."""
+    """The labelled examples: csv (with a header line), jsonl (one object per line), both in UTF-8, or parquet."""
 
     uri: DataUri
-    """Folder that holds the files: s3://bucket/prefix or file:///path (a path inside the pod)."""
+    """Folder that holds the files: s3://bucket/prefix, file:///path (a path inside the pod) or hf://org/name[@revision], a data set of
+    the hub. hf:// looks first in the mirror (FINETUNE_DATASET_MIRROR), then at the hub."""
     train: DataFile = "train.csv"
     """File to train on, relative to uri."""
-    validation: DataFile = "validation.csv"
-    """File that selects the best model and decides on early stopping, relative to uri."""
+    validation: DataFile | None = None
+    """File that selects the best model and decides on early stopping, relative to uri. Default validation.csv, unless
+    validationFraction is set."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of train that is held out as validation, in place of a file: drawn with hyperparameters.seed, each label in proportion (to
+    within one row) where a text has one label."""
+    split_group_column: Column | None = None
+    """Column of train, for example with a customer's number: rows that agree in it stay on one side of validationFraction. Labels are
+    then in proportion as far as groups allow."""
     test: DataFile | None = None
     """File that the final model is scored on, once, relative to uri. Without it there are no test metrics."""
     text_column: Column = "text"
@@ -102,6 +122,9 @@ class Dataset(Model):
     labels: Annotated[list[Label], Field(min_length=2, max_length=1000), EachOnce()] | None = None
     """All labels; their order gives their ids. A row with another label is an error that names the row. SequenceClassification
     and TokenClassification need it."""
+    group_column: Column | None = None
+    """Column with the group of customers or the channel that a row is from. The rows of each group are counted in the log, and nothing
+    else is done with it."""
     multi_label: MultiLabel | None = None
     """For SequenceClassification where a text may have several labels, or none."""
     prompt_column: Column | None = None
@@ -113,7 +136,12 @@ class Dataset(Model):
     what the assistant says."""
     max_length: Annotated[int, Field(ge=8, le=32768)] = 256
     """Longest text in tokens; the rest of a longer text is cut off (the share of cut texts is logged)."""
+    max_bad_rows: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """How many rows may be left out, over all files, because they cannot be used (no text, a label that is not listed, broken
+    encoding, not as many fields as the header, no JSON). They are logged by line; more of them are an error. What is not valid csv
+    counts once for each of its lines."""
 
+    default_validation: ClassVar[str] = "validation.csv"
     cel: ClassVar[tuple[Cel, ...]] = (
         Cel(
             "self.textColumn != self.labelColumn",
@@ -130,11 +158,30 @@ class Dataset(Model):
             "set promptColumn and completionColumn or messagesColumn, not both",
             ".messagesColumn",
         ),
-        Cel("self.train != self.validation", "train and validation must be different files", ".validation"),
         Cel(
-            "!has(self.test) || (self.test != self.train && self.test != self.validation)",
+            "!(has(self.validation) && has(self.validationFraction))",
+            "set validation or validationFraction, not both",
+            ".validationFraction",
+        ),
+        Cel(
+            "!has(self.splitGroupColumn) || has(self.validationFraction)",
+            "splitGroupColumn needs validationFraction",
+            ".splitGroupColumn",
+        ),
+        Cel(
+            f"has(self.validationFraction) || self.train != {_VALIDATION}",
+            "train and validation must be different files",
+            ".validation",
+        ),
+        Cel(
+            f"!has(self.test) || (self.test != self.train && (has(self.validationFraction) || self.test != {_VALIDATION}))",
             "test must be a different file than train and validation",
             ".test",
+        ),
+        Cel(
+            f"!has(self.groupColumn) || !(self.groupColumn in [self.textColumn, {_OTHER_TEXTS}])",
+            "groupColumn must not be a column with texts: its values are logged",
+            ".groupColumn",
         ),
     )
 
@@ -146,11 +193,26 @@ class Dataset(Model):
             raise ValueError("completionColumn: promptColumn and completionColumn belong together")
         if self.prompt_column is not None and self.messages_column is not None:
             raise ValueError("messagesColumn: set promptColumn and completionColumn or messagesColumn, not both")
-        if self.train == self.validation:
-            raise ValueError("validation: train and validation must be different files")
-        if self.test in (self.train, self.validation):
-            raise ValueError("test: test must be a different file than train and validation")
+        self._check_files()
+        texts = (self.text_column, self.text_pair_column, self.prompt_column, self.completion_column, self.messages_column)
+        if self.group_column is not None and self.group_column in texts:
+            raise ValueError("groupColumn: groupColumn must not be a column with texts: its values are logged")
         return self
+
+    def _check_files(self) -> None:
+        if self.validation is not None and self.validation_fraction is not None:
+            raise ValueError("validationFraction: set validation or validationFraction, not both")
+        if self.split_group_column is not None and self.validation_fraction is None:
+            raise ValueError("splitGroupColumn: splitGroupColumn needs validationFraction")
+        if self.train == self.validation_file:
+            raise ValueError("validation: train and validation must be different files")
+        if self.test is not None and self.test in (self.train, self.validation_file):
+            raise ValueError("test: test must be a different file than train and validation")
+
+    @property
+    def validation_file(self) -> str | None:
+        """None: validation is held out of train."""
+        return None if self.validation_fraction is not None else self.validation or self.default_validation
 
 
 class Dropout(Model):
@@ -458,4 +520,5 @@ class Recipe(Model):
     def digest(self) -> str:
         """sha256 (hex) of what decides the trained weights; where things are saved is not part of it."""
         what = self.model_dump(mode="json", by_alias=True, include={"task", "model", "dataset", "hyperparameters", "evaluation"})
+        what["dataset"]["validation"] = self.dataset.validation_file  # whether the default is written out or not
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

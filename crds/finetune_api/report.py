@@ -68,6 +68,17 @@ class EndReport(Model):
         return text.decode()
 
 
+class DataCounts(Model):
+    """What was read, and what of it was trained on."""
+
+    examples: dict[str, int]
+    """Rows of each split."""
+    bad_rows: int = 0
+    """Left out by dataset.maxBadRows."""
+    duplicates: int = 0
+    """Rows of train that were left out because their text is also in validation or test."""
+
+
 class ResultFile(Model):
     """result.json under output.storageUri. Written last: its presence means that model/ is whole."""
 
@@ -77,6 +88,7 @@ class ResultFile(Model):
     """The recipe as trained."""
     resolved: dict[str, Any] = {}
     """Values that were worked out, such as the learning rate."""
+    data: DataCounts | None = None
     evaluations: list[Evaluation] = []
     per_class: dict[str, list[dict[str, Any]]] = {}
     """Per split: one row per label with precision, recall, f1 and support."""

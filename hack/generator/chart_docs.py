@@ -32,8 +32,9 @@ def values_schema(text: str) -> str:
     """The chart's value schema with `jobDefaults` as the model has it. The rest of it is written by hand."""
     schema = json.loads(text)
     defaults = _draft7(structural_schema(JobDefaults))
-    # The chart's own: these two have flags, and an empty string is how a chart says none.
-    chart_only = {"image": {"type": "string"}, "modelMirror": {"type": "string", "pattern": "^($|/.+|s3://.+)$"}}
+    # The chart's own: these have flags, and an empty string is how a chart says none.
+    mirror = {"type": "string", "pattern": "^($|/.+|s3://.+)$"}
+    chart_only = {"image": {"type": "string"}, "modelMirror": mirror, "datasetMirror": mirror}
     defaults["properties"] = {**chart_only, **defaults["properties"]}
     for name in ("queueName", "serviceAccountName"):
         node = defaults["properties"][name]

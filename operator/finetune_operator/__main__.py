@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--restart-backoff-seconds", type=_positive, default=10.0, help="wait before the first counted restart; doubles each time"
     )
     add("--model-mirror", help="where trainers look hf:// models up first: a folder in the pod or an s3:// prefix")
+    add("--dataset-mirror", help="the same for hf:// data sets")
     add("--job-defaults", type=_defaults, default=JobDefaults(), metavar="JSON", help="what jobs get that say nothing themselves")
     add("--kubeconfig", type=Path, help="default: KUBECONFIG, then the pod's ServiceAccount")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least severity that is logged")

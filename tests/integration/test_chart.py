@@ -53,6 +53,7 @@ VALUES: dict[str, Object] = {
         "jobDefaults": {
             "image": "example.com/team/trainer:9",
             "modelMirror": "s3://mirror/models",
+            "datasetMirror": "s3://mirror/datasets",
             "queueName": "gpus",
             "env": [{"name": "AWS_ENDPOINT_URL", "value": "https://s3.example.com"}, {"name": "ODD", "value": "$(X) \"'"}],
             "envFrom": [{"secretRef": {"name": "s3-credentials"}}],
@@ -157,6 +158,7 @@ def test_every_rendering_is_taken_by_the_api_server(
         ({"watchNamespaces": "default"}, "watchNamespaces"),
         ({"watchNamespaces": ["Team A"]}, "watchNamespaces"),
         ({"jobDefaults": {"modelMirror": "models"}}, "modelMirror"),
+        ({"jobDefaults": {"datasetMirror": "data"}}, "datasetMirror"),
         ({"log": {"level": "loud"}}, "level"),
         ({"extraEnv": [{"nam": "X"}]}, "nam"),
         ({"extraEnv": [{"name": "X", "valeu": "y"}]}, "valeu"),
@@ -401,13 +403,16 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
         "--log-level=warning",
         "--log-format=json",
         "--model-mirror=s3://mirror/models",
-        container["args"][10],
+        "--dataset-mirror=s3://mirror/datasets",
+        container["args"][11],
         "--namespace=default",
     ]
-    flag, _, defaults = container["args"][10].partition("=")
+    flag, _, defaults = container["args"][11].partition("=")
     assert flag == "--job-defaults"
     # What the kubelet does with "$$(".
-    expected = {k: v for k, v in VALUES["everything"]["jobDefaults"].items() if k not in ("image", "modelMirror")}
+    expected = {
+        k: v for k, v in VALUES["everything"]["jobDefaults"].items() if k not in ("image", "modelMirror", "datasetMirror")
+    }
     assert json.loads(defaults.replace("$$(", "$(")) == expected
     assert container["env"][-2:] == VALUES["everything"]["extraEnv"]
     ports = {p["name"]: p["containerPort"] for p in container["ports"]}

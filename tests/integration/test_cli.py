@@ -165,17 +165,18 @@ def test_evaluate_says_what_the_training_said(place: Place, trained: "subprocess
     assert f"{answer['metrics']['macro_f1']:.4f}" in table.stdout
 
 
-def test_validate_counts_labels_duplicates_and_leaks(place: Place, tmp_path: Path) -> None:
+def test_validate_counts_what_is_trained_on(place: Place, tmp_path: Path) -> None:
     bucket = tmp_path / "s3/bucket/data"
     bucket.mkdir(parents=True)
-    (bucket / "train.csv").write_text("text,label\nbad,negative\nbad,negative\nwhen,neutral\ngood,positive\n")
+    (bucket / "train.csv").write_text("text,label\nbad,negative\nbad,negative\nwhen,neutral\ngood,positive\nfine,positive\n")
     (bucket / "validation.csv").write_text("text,label\ngood,positive\n")
     file = place.manifest("counted", dataset={"uri": "s3://bucket/data", "labels": LABELS})
     done = execute("validate", "-f", file, "--s3-root", tmp_path / "s3")
     assert done.returncode == 0, done.stderr
-    train = next(line for line in done.stdout.splitlines() if "train" in line)
+    train = next(line for line in done.stdout.splitlines() if line.startswith("│ train"))
     assert [int(cell) for cell in train.replace("│", " ").split()[1:]] == [4, 2, 1, 1, 1, 4]
-    assert "1 texts of validation are also in train" in done.stderr
+    assert "data: 1 of 5 rows of train are left out: their text is also in validation" in done.stdout
+    assert "data: train by label: negative 2, neutral 1, positive 1" in done.stdout
     assert not (tmp_path / "s3/bucket/out").exists(), "nothing is written"
 
 

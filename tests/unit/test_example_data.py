@@ -126,6 +126,6 @@ def test_the_manifest_fits_the_data(data: dict[str, list[Row]]) -> None:
     recipe = load_job_file(EXAMPLE / "finetunejob.yaml").spec.recipe()
     assert tuple(recipe.dataset.labels) == LABELS
     assert {recipe.dataset.text_column, recipe.dataset.label_column} <= set(data["train"][0])
-    for file in (recipe.dataset.train, recipe.dataset.validation, recipe.dataset.test):
+    for file in (recipe.dataset.train, recipe.dataset.validation_file, recipe.dataset.test):
         assert file is not None
         assert (EXAMPLE / "data" / file).is_file()

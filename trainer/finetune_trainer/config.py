@@ -25,6 +25,7 @@ class Runtime:
     execution: str = "local"
     """Unique id of this process: the pod's uid, or a random one."""
     model_mirror: str | None = None
+    dataset_mirror: str | None = None
     s3_root: Path | None = None
     termination_log: Path | None = None
     progress_url: str | None = None
@@ -68,4 +69,8 @@ def load_runtime(env: Mapping[str, str] = os.environ) -> Runtime:
 def places(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Where hf:// and s3:// are found, as fields of Runtime."""
     root = env.get(names.ENV_S3_ROOT)
-    return {"model_mirror": env.get(names.ENV_MODEL_MIRROR) or None, "s3_root": Path(root) if root else None}
+    return {
+        "model_mirror": env.get(names.ENV_MODEL_MIRROR) or None,
+        "dataset_mirror": env.get(names.ENV_DATASET_MIRROR) or None,
+        "s3_root": Path(root) if root else None,
+    }

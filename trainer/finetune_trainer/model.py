@@ -1,18 +1,16 @@
 """Finds the pretrained model, sets dropout, builds it with a stock head for the task."""
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_api.names import ENV_MODEL_MIRROR
 from finetune_api.recipe import Dropout, Recipe
 from finetune_api.tasks import Task
-from finetune_trainer import adapters, shortcuts
+from finetune_trainer import adapters, hub, shortcuts
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import fetch_folder, open_store
+from finetune_trainer.store import FolderStore, fetch_folder
 from finetune_trainer.tasks import TaskKind
 
 if TYPE_CHECKING:
@@ -47,59 +45,21 @@ DROPOUT_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 
+OTHER_FORMATS = ["*.bin", "*.h5", "*.onnx", "*.msgpack", "*.ot"]
+"""Weights that are not read."""
+
 
 def fetch(uri: str, runtime: Runtime) -> Path:
     """A local folder with the model's files. Raises TrainingFailure(ModelNotFound)."""
-    scheme, _, rest = uri.partition("://")
-    if scheme == "file":
-        return _checked(Path(rest), uri)
-    if scheme == "s3":
-        return _fetch_s3(uri, uri, runtime)
-    repository, _, revision = rest.partition("@")
-    if mirror := (runtime.model_mirror or "").rstrip("/"):
-        if _is_there(place := f"{mirror}/{rest}", runtime):
-            return _fetch_s3(place, uri, runtime) if place.startswith("s3://") else _checked(Path(place), uri)
-        if revision and _is_there(f"{mirror}/{repository}", runtime):
-            raise TrainingFailure(
-                "ModelNotFound",
-                f"model.uri {uri}: the model mirror ({mirror}) has {repository}/, which may be any revision, and not {rest}/: name "
-                f"the folder so if that is what it holds, or leave out @{revision}",
-            )
-    return _fetch_hub(repository, revision or None, uri)
-
-
-def _is_there(place: str, runtime: Runtime) -> bool:
-    return bool(open_store(place, runtime.s3_root).list()) if place.startswith("s3://") else Path(place).is_dir()
-
-
-def _fetch_s3(place: str, uri: str, runtime: Runtime) -> Path:
+    store = hub.MODELS.open(uri, runtime.model_mirror, runtime.s3_root, only=None, without=OTHER_FORMATS)
+    if isinstance(store, FolderStore) and store.root.is_dir():
+        return _checked(store.root, uri)
     # `finetune run` keeps the work folder: files of another model must not mix in, nor those that this one no longer has.
-    folder = runtime.workdir / "model" / hashlib.sha256(place.encode()).hexdigest()[:16]
+    folder = runtime.workdir / "model" / hashlib.sha256(store.uri.encode()).hexdigest()[:16]
     shutil.rmtree(folder, ignore_errors=True)
-    if fetch_folder(open_store(place, runtime.s3_root), folder) == 0:
-        raise TrainingFailure("ModelNotFound", f"model.uri {uri}: there are no files under {place}")
+    if fetch_folder(store, folder) == 0:
+        raise TrainingFailure("ModelNotFound", f"model.uri {uri}: there are no files under {store.uri}")
     return _checked(folder, uri)
-
-
-def _fetch_hub(repository: str, revision: str | None, uri: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        folder = snapshot_download(
-            repository, revision=revision, ignore_patterns=["*.bin", "*.h5", "*.onnx", "*.msgpack", "*.ot"]
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        message = f"model.uri {uri}: the hub has no such model or revision, or it needs a token"
-        raise TrainingFailure("ModelNotFound", message) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        mirror = os.environ.get(ENV_MODEL_MIRROR) or "none is set"
-        raise TrainingFailure(
-            "ModelNotFound",
-            f"model.uri {uri}: it is not in the model mirror ({mirror}) and the hub "
-            "cannot be reached: set the mirror (FINETUNE_MODEL_MIRROR, --model-mirror) or use s3:// or file://",
-        ) from error
-    return _checked(Path(folder), uri)
 
 
 def _checked(folder: Path, uri: str) -> Path:

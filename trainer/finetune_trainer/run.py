@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from finetune_api import Recipe, names
 from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, Result
 from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
-from finetune_trainer import adapters, data, model, vocabulary
+from finetune_trainer import adapters, model, token_cache, vocabulary
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
 from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.progress import Poster
 from finetune_trainer.report import Console, trainer_status
+from finetune_trainer.splits import Splits, read_splits
 from finetune_trainer.store import Missing, Store, open_store, sweep
-from finetune_trainer.tasks import Encoded, Examples, kind_of
+from finetune_trainer.tasks import Encoded, kind_of
 from finetune_trainer.trackers import Trackers, Training, open_trackers
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Run:
         done = self._already_done() if self.group.leads else None
         if self.group.tell(done is not None):
             return done or EndReport(outcome=Outcome.ALREADY_COMPLETED)
-        splits = self._read_data()
+        splits, self.counts = read_splits(self.recipe, self.runtime, self.console.line)
         self._may_go_on()
         poster = Poster(self.runtime, self.console.line)
         try:
@@ -96,15 +97,8 @@ class Run:
         if self.stopping.is_set():
             raise TrainingFailure("Interrupted", "asked to end before the first step")
 
-    # ------------------------------------------------------------------------------------------------------- fetch -----
-    def _read_data(self) -> dict[str, Examples]:
-        splits = read_splits(self.recipe, self.runtime)
-        counts = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
-        self.console.line(f"data: {counts} examples from {self.recipe.dataset.uri}")
-        return splits
-
     # ------------------------------------------------------------------------------------------------------- train -----
-    def _train(self, splits: dict[str, Examples], poster: Poster) -> EndReport:
+    def _train(self, splits: Splits, poster: Poster) -> EndReport:
         import torch
 
         recipe, scratch = self.recipe, self.runtime.workdir
@@ -122,13 +116,13 @@ class Run:
         # A checkpoint of adapters holds nothing else.
         self.source = saved if saved and not recipe.model.lora else model.fetch(recipe.model.uri, self.runtime)
         tokenizer = model.load_tokenizer(saved or self.source, recipe)
-        encoded = {s: self.kind.encode(examples, tokenizer, recipe.dataset.max_length) for s, examples in splits.items()}
+        encoded = token_cache.encode(splits, self.kind, tokenizer, scratch / "tokens", self.console.line)
         self._tell_truncation(encoded)
         torch.manual_seed(recipe.hyperparameters.seed)
         learner = model.build(self.source, recipe, self.kind, tokenizer, saved).to(self.group.device())
         if not self.group.leads:
             torch.manual_seed(recipe.hyperparameters.seed + self.group.rank)  # the same weights, other dropout
-        vocabulary.narrow(learner, recipe.hyperparameters, encoded["train"].ids, int(tokenizer.pad_token_id))
+        vocabulary.narrow(learner, recipe.hyperparameters, encoded["train"].ids.values, int(tokenizer.pad_token_id))
         self._may_go_on()
         if self.group.leads:
             checkpoints.begin(restored[0].step if restored else 0)
@@ -295,6 +289,7 @@ class Run:
             result=result,
             recipe=self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
             resolved=self._resolved(loop),
+            data=self.counts,
             evaluations=[Evaluation.model_validate(e) for e in loop.state.evaluations],
             per_class={split: score.per_class for split, score in scores.items() if score.per_class},
             steps=loop.state.step,
@@ -329,27 +324,6 @@ def thin(evaluations: list[Evaluation]) -> list[Evaluation]:
     while len(evaluations) > 64:
         evaluations = [*evaluations[:-1:2], evaluations[-1]]
     return evaluations
-
-
-def read_splits(recipe: Recipe, runtime: Runtime) -> dict[str, Examples]:
-    """Fetches and reads the data set's files (also for `finetune validate`). Raises TrainingFailure."""
-    dataset, kind = recipe.dataset, kind_of(recipe.task, recipe.dataset)
-    store = open_store(dataset.uri, runtime.s3_root)
-    store.check()
-    files = {"train": dataset.train, "validation": dataset.validation}
-    if dataset.test:
-        files["test"] = dataset.test
-    splits = {}
-    for split, file in files.items():
-        target = runtime.workdir / "data" / file
-        try:
-            store.download(file, target)
-        except Missing as error:
-            present = [k for k in store.list() if k.endswith((".csv", ".jsonl"))][:10]
-            there = f"; it has {', '.join(present)}" if present else " and it has no .csv or .jsonl file"
-            raise TrainingFailure("DataInvalid", f"dataset.{split}: there is no {file} in {dataset.uri}{there}") from error
-        splits[split] = data.read_split(target, kind, name=file, training=split == "train")
-    return splits
 
 
 def save_model(trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, folder: Path) -> None:

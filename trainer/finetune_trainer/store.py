@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlparse
 
 from finetune_trainer.errors import TrainingFailure
 
@@ -70,17 +69,18 @@ class Store(Protocol):
 
 def open_store(uri: str, s3_root: Path | None = None) -> Store:
     """The store at s3://bucket/prefix or file:///path. With `s3_root`, s3://bucket/key is the folder s3_root/bucket/key."""
-    parsed = urlparse(uri)
-    if parsed.scheme == "file":
-        return FolderStore(Path(parsed.path), uri.rstrip("/"))
+    scheme, _, rest = uri.partition("://")
+    if scheme == "file":
+        return FolderStore(Path(rest), uri.rstrip("/"))
+    bucket, _, prefix = rest.partition("/")
     if s3_root is not None:
-        if not (s3_root / parsed.netloc).is_dir():
+        if not (s3_root / bucket).is_dir():
             raise TrainingFailure(
                 "StorageNotFound",
-                f"{uri}: there is no folder for the bucket {parsed.netloc!r} below {s3_root}: create it, or correct the uri",
+                f"{uri}: there is no folder for the bucket {bucket!r} below {s3_root}: create it, or correct the uri",
             )
-        return FolderStore(s3_root / parsed.netloc / parsed.path.lstrip("/"), uri.rstrip("/"))
-    return S3Store(parsed.netloc, parsed.path.strip("/"))
+        return FolderStore(s3_root / bucket / prefix.lstrip("/"), uri.rstrip("/"))
+    return S3Store(bucket, prefix.strip("/"))
 
 
 class FolderStore:

@@ -9,9 +9,11 @@ Measured on MiniLM with 3,000 short texts: a step is 1.07 times as fast, and the
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -57,8 +59,9 @@ class NarrowEmbedding(nn.Module):
         return self.pretrained
 
 
-def narrow(model: "PreTrainedModel", hyperparameters: "Hyperparameters", ids: Iterable[list[int]], pad: int) -> None:
-    """Where it pays, and the embeddings train and are no other part's too. `ids` are the training data's, `pad` is in every batch."""
+def narrow(model: "PreTrainedModel", hyperparameters: "Hyperparameters", ids: npt.NDArray[np.int32], pad: int) -> None:
+    """Where it pays, and the embeddings train and are no other part's too. `ids` are all
+    of the training data, `pad` is in every batch."""
     whole = model.get_input_embeddings()
     output = model.get_output_embeddings()
     if type(whole) is not nn.Embedding or (output is not None and output.weight is whole.weight):
@@ -67,7 +70,7 @@ def narrow(model: "PreTrainedModel", hyperparameters: "Hyperparameters", ids: It
     # The last epoch: by then gradual unfreezing has come as far as it comes.
     if not trainable(model, hyperparameters, hyperparameters.epochs - 1)[f"{path}.weight"]:
         return
-    used = torch.tensor(sorted({pad}.union(*ids)), device=whole.weight.device)
+    used = torch.from_numpy(np.unique(np.append(ids, pad)).astype(np.int64)).to(whole.weight.device)
     if len(used) <= WORTHWHILE * whole.num_embeddings:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, NarrowEmbedding(whole, used))

@@ -50,7 +50,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{/* jobDefaults without what has a flag of its own and what is empty; "$(" would be expanded by the kubelet. */}}
 {{- define "finetune-operator.jobDefaults" -}}
 {{- $given := dict -}}
-{{- range $key, $value := omit .Values.jobDefaults "image" "modelMirror" -}}
+{{- range $key, $value := omit .Values.jobDefaults "image" "modelMirror" "datasetMirror" -}}
 {{- if $value }}{{ $_ := set $given $key $value }}{{ end -}}
 {{- end -}}
 {{- if $given }}{{ $given | toJson | replace "$(" "$$(" }}{{ end -}}

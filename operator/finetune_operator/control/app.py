@@ -56,6 +56,7 @@ class Options:
     resync_seconds: float
     restart_backoff_seconds: float
     model_mirror: str | None
+    dataset_mirror: str | None
     job_defaults: JobDefaults
     kubeconfig: Path | None
 
@@ -89,6 +90,7 @@ async def run(options: Options) -> None:
             progress_url=options.progress_url,
             progress_ca=identity.ca.decode(),
             model_mirror=options.model_mirror,
+            dataset_mirror=options.dataset_mirror,
             defaults=options.job_defaults,
             restart_backoff_seconds=options.restart_backoff_seconds,
         )

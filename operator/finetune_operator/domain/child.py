@@ -248,6 +248,8 @@ def _env(job: FineTuneJob, attempt: int, settings: Settings) -> list[Object]:
         values[names.ENV_JOB] = recipe.replace("$(", "$$(")
     if settings.model_mirror:
         values[names.ENV_MODEL_MIRROR] = settings.model_mirror
+    if settings.dataset_mirror:
+        values[names.ENV_DATASET_MIRROR] = settings.dataset_mirror
     env: list[Object] = [{"name": k, "value": v} for k, v in values.items()]
     env += _torchrun(job, attempt)
     env.append({"name": names.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})

@@ -25,6 +25,8 @@ class Settings:
     """PEM of the CA that signed the progress server's certificate."""
     model_mirror: str | None = None
     """Value of FINETUNE_MODEL_MIRROR in every pod."""
+    dataset_mirror: str | None = None
+    """Value of FINETUNE_DATASET_MIRROR in every pod."""
     defaults: JobDefaults = field(default_factory=JobDefaults)
     """What a job that says nothing gets; the next attempt of a job that runs gets new ones."""
     restart_backoff_seconds: float = 10.0

@@ -16,16 +16,15 @@ MANIFEST = Path(__file__).resolve().parents[3] / "examples/customer-feedback/fin
 def test_the_pod_and_the_local_process_are_told_the_same() -> None:
     job = load_job_file(MANIFEST)
     placed = job.model_copy(update={"metadata": {**job.metadata, "namespace": "team", "uid": "1"}})
-    settings = Settings(
-        trainer_image="trainer", progress_url="https://operator:8443", progress_ca="", model_mirror="s3://mirror/models"
-    )
+    mirrors = {"model_mirror": "s3://mirror/models", "dataset_mirror": "s3://mirror/datasets"}
+    settings = Settings(trainer_image="trainer", progress_url="https://operator:8443", progress_ca="", **mirrors)
     child = build_child(placed, 3, settings)
     (container,) = child["spec"]["template"]["spec"]["containers"]
     pod = {e["name"]: e["value"] for e in container["env"] if "value" in e}
-    local = trainer_environment(
-        placed, 3, workdir=names.WORKDIR, termination_log=names.TERMINATION_LOG, model_mirror="s3://mirror/models"
-    )
+    local = trainer_environment(placed, 3, workdir=names.WORKDIR, termination_log=names.TERMINATION_LOG, **mirrors)
     assert {name: pod[name] for name in local} == local
+    runtime = config.load_runtime(local)
+    assert (runtime.model_mirror, runtime.dataset_mirror) == tuple(mirrors.values())
     assert container["command"][1:] == ["-m", "finetune_trainer"]
 
 
@@ -42,3 +41,4 @@ def test_the_trainer_reads_it_back() -> None:
 def test_names_that_the_command_line_spells_itself() -> None:
     assert command_line.ENV_S3_ROOT == names.ENV_S3_ROOT
     assert command_line.ENV_MODEL_MIRROR == names.ENV_MODEL_MIRROR
+    assert command_line.ENV_DATASET_MIRROR == names.ENV_DATASET_MIRROR

@@ -1,104 +1,56 @@
-"""Reading examples: every bad row is told by file and line and never by its text; batches are a pure function."""
+"""Batches are a pure function of the recipe; what is collated is what was encoded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.recipe import Dataset
 from finetune_api.tasks import Task
-from finetune_trainer.data import BUCKET_BATCHES, plan, read_split
-from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.tasks import TaskKind, kind_of
-
-SECRET = "confidential-words-of-a-customer"
+from finetune_trainer.data import BUCKET_BATCHES, collate, plan
+from finetune_trainer.tasks import IGNORED, Encoded, Examples, Ragged, kind_of
 
 
-def kind(task: str = "SequenceClassification", **changes: Any) -> TaskKind:
-    return kind_of(Task(task), Dataset.model_validate({"uri": "file:///data", "labels": ["bad", "good"]} | changes))
-
-
-def read(tmp_path: Path, content: str | bytes, *, name: str = "train.csv", training: bool = False, **changes: Any) -> Any:
-    path = tmp_path / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_split(path, kind(**changes), name=name, training=training)
-
-
-def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path: Path) -> None:
-    content = '\ufefftext,label,extra\n"a, quoted\ntwo lines",good,1\n\nplain "inside",bad,2\n'
-    examples = read(tmp_path, content)
-    assert examples.texts == ["a, quoted\ntwo lines", 'plain "inside"']
-    assert examples.labels.tolist() == [1, 0]
-
-
-def test_jsonl_with_numbers_as_labels_and_line_separators_in_texts(tmp_path: Path) -> None:
-    rows = [{"text": "one\u2028line", "label": 1}, {"text": "é", "label": "0"}]
-    content = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
-    examples = read(tmp_path, content, name="train.jsonl", labels=["0", "1"])
-    assert examples.texts == ["one\u2028line", "é"]
-    assert examples.labels.tolist() == [1, 0]
-
-
-BAD: dict[str, tuple[str | bytes, str, str]] = {
-    "empty-file": ("", "train.csv", "the file is empty"),
-    "blank-file": (" \n\n", "train.csv", "the file is empty"),
-    "header-alone": ("text,label\n", "train.csv", "holds no examples"),
-    "no-text-column": (f"message,label\n{SECRET},good\n", "train.csv", r"no column 'text'; the columns are 'message', 'label'"),
-    "no-label-column": (
-        f'{{"text": "{SECRET}"}}\n',
-        "train.jsonl",
-        r"line 1: there is no column 'label'.*correct the columns in dataset",
-    ),
-    "unknown-label": (f"text,label\nx,good\n{SECRET},terrible\n", "train.csv", r"line 3: its label is not one of .*bad, good"),
-    "empty-text": ("text,label\n  ,good\n", "train.csv", "line 2: text is empty"),
-    "null-text": ('{"text": null, "label": "good"}\n', "train.jsonl", "line 1: text is empty or no text"),
-    "line-after-line-break": (f'text,label\n"a\nb",good\n{SECRET},ugly\n', "train.csv", "line 4: its label"),
-    "ragged": (f"text,label\nx,good\n{SECRET}, and more,good\n", "train.csv", r"line 3 has 3 fields, the header has 2: quote"),
-    "short-row": (f"text,label\n{SECRET}\n", "train.csv", "line 2 has 1 fields, the header has 2"),
-    "open-quote": (f'text,label\nx,good\n"{SECRET},good\n', "train.csv", "line 3 is not valid csv"),
-    "latin-1": (b"text,label\nok,good\ncaf\xe9,good\n", "train.csv", "line 3 is not UTF-8: save the file as UTF-8"),
-    "utf-16": ("text,label\n".encode("utf-16"), "train.csv", "line 1 is not UTF-8"),
-    "nul": (b"text,label\na,good\n\0,good\n", "train.csv", "line 3 holds a NUL byte"),
-    "not-json": (f'{{"text": "x", "label": "good"}}\n{{"text": "{SECRET}", \n', "train.jsonl", "line 2 is not valid JSON"),
-    "not-an-object": (f'["{SECRET}"]\n', "train.jsonl", "line 1 is not a JSON object"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_data_is_told_by_file_and_line_and_never_by_text(tmp_path: Path, case: str) -> None:
-    content, name, said = BAD[case]
-    with pytest.raises(TrainingFailure, match=said) as failed:
-        read(tmp_path, content, name=name)
-    assert failed.value.failure.reason == "DataInvalid"
-    assert failed.value.message.startswith(f"{name}: ")
-    assert SECRET not in failed.value.message
-    assert "terrible" not in failed.value.message, "a label that is not listed is text as well"
-
-
-def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailure, match="line 6: .* and 4 more rows$"):
-        read(tmp_path, "text,label\n" + "x,ugly\n" * 9)
-
-
-def test_a_label_without_training_rows_is_told(tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailure, match=r"no row has the label 'good' of dataset\.labels"):
-        read(tmp_path, "text,label\nx,bad\n", training=True)
-    assert len(read(tmp_path, "text,label\nx,bad\n")) == 1, "validation data need not have every label"
-
-
-def test_encoding_cuts_at_max_length_and_counts(tiny_model: Path, tmp_path: Path) -> None:
+def test_encoding_cuts_at_max_length_and_counts(tiny_model: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    examples = read(tmp_path, f"text,label\n{'good ' * 30},good\nbad,bad\n")
-    encoded = kind().encode(examples, tokenizer, 10)
+    kind = kind_of(Task.SEQUENCE_CLASSIFICATION, Dataset.model_validate({"uri": "file:///data", "labels": ["bad", "good"]}))
+    encoded = kind.encode(Examples("x", ["good " * 30, "bad"], np.array([1, 0])), tokenizer, 10)
     assert [len(row) for row in encoded.ids] == [10, 3]
     assert encoded.truncated == 1
     assert encoded.lengths.tolist() == [10, 3]
+
+
+ROWS = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=9), min_size=1, max_size=12)
+
+
+@given(ROWS, st.data())
+def test_rows_are_padded_as_lists_would_be(rows: list[list[int]], data: st.DataObject) -> None:
+    chosen = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=6)))
+    ragged = Ragged.of(rows)
+    assert [row.tolist() for row in ragged] == rows
+    assert ragged.lengths.tolist() == [len(row) for row in rows]
+    longest = max(len(rows[i]) for i in chosen)
+    assert ragged.padded(chosen, -100).tolist() == [rows[i] + [-100] * (longest - len(rows[i])) for i in chosen]
+
+
+def test_a_batch_has_what_the_model_reads() -> None:
+    ids, types, tags = (Ragged.of(rows) for rows in ([[2, 0, 3], [2, 3]], [[0, 1, 1], [0, 1]], [[IGNORED, 4, IGNORED], [5, 6]]))
+    batch = collate(Encoded(ids, tags, 0, types), np.array([1, 0]), 9, torch.device("cpu"))
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[2, 3, 9], [2, 0, 3]],
+        "attention_mask": [[1, 1, 0], [1, 1, 1]],
+        "token_type_ids": [[0, 1, 0], [0, 1, 1]],
+        "labels": [[5, 6, IGNORED], [IGNORED, 4, IGNORED]],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    plain = collate(Encoded(ids, np.array([0.5, 1.5], dtype=np.float32), 0), np.array([1, 0]), 9, torch.device("cpu"))
+    assert plain["labels"].tolist() == [1.5, 0.5]
+    assert "token_type_ids" not in plain
 
 
 # --------------------------------------------------------------------------------------------------------- batch plan --

@@ -20,7 +20,7 @@ from finetune_trainer.data import collate
 from finetune_trainer.dist import ALONE
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.gradient import Gradient, resolve
-from finetune_trainer.tasks import Encoded, kind_of
+from finetune_trainer.tasks import Encoded, Ragged, kind_of
 
 KIND = kind_of(Task.SEQUENCE_CLASSIFICATION, Dataset.model_validate({"uri": "file:///data", "labels": ["a", "b", "c"]}))
 NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "classifier": 0.0}
@@ -238,7 +238,7 @@ def test_the_rate_decays_layer_by_layer(job: Job) -> None:
 def batch(job: Job) -> tuple[Any, Encoded, np.ndarray]:
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=3).eval()
-    data = Encoded([[2, 5, 6, 3], [2, 7, 3], [2, 9, 10, 11, 3]], np.array([0, 1, 2]), 0)
+    data = Encoded(Ragged.of([[2, 5, 6, 3], [2, 7, 3], [2, 9, 10, 11, 3]]), np.array([0, 1, 2]), 0)
     return model, data, np.arange(3)
 
 

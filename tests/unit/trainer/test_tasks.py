@@ -234,9 +234,9 @@ def test_the_loss_is_the_stock_models_own(make: Any, task: str) -> None:
     tokenizer = model.load_tokenizer(job.model, recipe)
     torch.manual_seed(1)
     built = model.build(job.model, recipe, kind, tokenizer).eval()
-    from finetune_trainer.data import read_split
+    from finetune_trainer.splits import read_file
 
-    examples = read_split(job.data / "train.jsonl", kind, name="train.jsonl")
+    examples = read_file(job.data / "train.jsonl", kind, name="train.jsonl").examples
     encoded = kind.encode(Examples("some", examples.texts[:7], examples.labels[:7]), tokenizer, 32)
     batch = collate(encoded, np.arange(7), int(tokenizer.pad_token_id), CPU)
     with torch.inference_mode():

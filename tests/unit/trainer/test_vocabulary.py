@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -125,7 +126,7 @@ def test_embeddings_that_the_head_shares_stay_whole() -> None:
     from finetune_api.recipe import Hyperparameters
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, n_positions=16))
-    vocabulary.narrow(model, Hyperparameters(), [[1, 2]], 0)
+    vocabulary.narrow(model, Hyperparameters(), np.array([1, 2], dtype=np.int32), 0)
     assert not list(vocabulary.narrowed(model))
 
 

@@ -131,6 +131,7 @@ class Job:
     runs: list[ScriptedConsole] = field(default_factory=list)
     s3_root: Path | None = None
     mirror: str | None = None
+    dataset_mirror: str | None = None
 
     @property
     def output(self) -> Path:
@@ -153,7 +154,9 @@ class Job:
     def runtime(self) -> Runtime:
         self.home.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix="work-", dir=self.home))  # each run a fresh pod: nothing local survives
-        return Runtime(job_name="tiny", workdir=work, s3_root=self.s3_root, model_mirror=self.mirror)
+        return Runtime(
+            job_name="tiny", workdir=work, s3_root=self.s3_root, model_mirror=self.mirror, dataset_mirror=self.dataset_mirror
+        )
 
     def run(self, *, kill_at: int | None = None, stop_at: int | None = None, **changes: Any) -> EndReport:
         """Runs to the end, or until it is killed (raises Killed) or told to stop after that step (raises TrainingFailure)."""

@@ -2,13 +2,14 @@
 
 from finetune_api.recipe import Dataset
 from finetune_api.tasks import Task
-from finetune_trainer.tasks.base import IGNORED, BadRowError, Encoded, Evaluated, Examples, TaskKind
+from finetune_trainer.tasks.base import IGNORED, BadRowError, Evaluated, Examples, TaskKind
 from finetune_trainer.tasks.classification import MultiLabelled, SingleLabel
 from finetune_trainer.tasks.completion import Completion
+from finetune_trainer.tasks.encoded import Encoded, Ragged
 from finetune_trainer.tasks.regression import Regression
 from finetune_trainer.tasks.tagging import Tagging
 
-__all__ = ["IGNORED", "BadRowError", "Completion", "Encoded", "Evaluated", "Examples", "TaskKind", "kind_of"]
+__all__ = ["IGNORED", "BadRowError", "Completion", "Encoded", "Evaluated", "Examples", "Ragged", "TaskKind", "kind_of"]
 
 
 def kind_of(task: Task, dataset: Dataset) -> TaskKind:

@@ -5,6 +5,7 @@ numbers for each row (`outputs`) out of which `score` makes the metrics.
 """
 
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from finetune_api.finetunejob import MetricValue
 from finetune_api.recipe import Dataset
+from finetune_trainer.tasks.encoded import Encoded, Ragged
 
 if TYPE_CHECKING:
     import torch
@@ -39,28 +41,17 @@ class Examples:
     texts: list[Any]
     labels: Any
     """An array whose first axis is the rows, or a list with something for each row."""
+    groups: list[str] | None = None
+    """Of each row, what groupColumn says; "" where it says nothing. None without a groupColumn."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
-
-@dataclass(frozen=True)
-class Encoded:
-    """One split as token ids; row i has ids[i] and labels[i]. `truncated` rows were longer than maxLength."""
-
-    ids: list[list[int]]
-    labels: Any
-    """An array (rows, ...), or a list with one label id for each token of each row."""
-    truncated: int
-    types: list[list[int]] | None = None
-    """Which of two texts a token is of, for models that want to know."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return np.array([len(row) for row in self.ids], dtype=np.int64)
+    def take(self, rows: npt.NDArray[np.int64]) -> "Examples":
+        """These rows, in this order."""
+        labels = self.labels[rows] if isinstance(self.labels, np.ndarray) else [self.labels[r] for r in rows]
+        groups = None if self.groups is None else [self.groups[r] for r in rows]
+        return Examples(self.name, [self.texts[r] for r in rows], labels, groups)
 
 
 @dataclass(frozen=True)
@@ -118,19 +109,29 @@ class TaskKind(ABC):
         """Targets of all rows as Examples.labels."""
         return list(targets)
 
-    def absent(self, labels: Any) -> list[str]:  # noqa: ARG002
-        """Labels that no row has; a training would never learn them."""
-        return []
+    def counts(self, labels: Any) -> dict[str, int]:  # noqa: ARG002
+        """How often each label is there, in the order of dataset.labels; of a task without labels nothing."""
+        return {}
+
+    def strata(self, labels: Any) -> npt.NDArray[np.int64]:
+        """What a split keeps in proportion, an id for each row: of texts with one label that, of others nothing."""
+        return np.zeros(len(labels), dtype=np.int64)
+
+    def key(self, text: Any, target: Any) -> str:  # noqa: ARG002
+        """Examples with the same key are the same text: a model that trained on one has seen the other."""
+        return normalised(text)
 
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
         """Token ids of every row, at most max_length each."""
         pairs = bool(self.dataset.text_pair_column)
         texts = [list(sides) for sides in zip(*examples.texts, strict=True)] if pairs else [list(examples.texts)]
-        made = tokenizer(*texts, truncation=True, max_length=max_length)
-        ids: list[list[int]] = made["input_ids"]
+        wanted = {"return_attention_mask": False, "return_token_type_ids": None if pairs else False}
+        made = tokenizer(*texts, truncation=True, max_length=max_length, **wanted)
+        ids = Ragged.of(made["input_ids"])
         # A row of exactly max_length was most likely cut; counting exactly would mean tokenising twice.
-        cut = sum(len(row) >= max_length for row in ids)
-        return Encoded(ids, examples.labels, cut, made.get("token_type_ids") if pairs else None)
+        cut = int((ids.lengths >= max_length).sum())
+        types = made.get("token_type_ids")
+        return Encoded(ids, examples.labels, cut, None if types is None else Ragged.of(types))
 
     def weights(self, data: Encoded) -> Floats:
         """How much each row counts in the mean loss, shape (rows,)."""
@@ -180,6 +181,15 @@ def text_of(row: Row, column: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise BadRowError(f"{column} holds half a surrogate pair (\\ud800 to \\udfff): it is no valid text")
     return text
+
+
+def normalised(text: Any) -> str:
+    """A text (or its parts, or the messages of a chat) in Unicode's form NFC, with single spaces."""
+    if isinstance(text, str):
+        return " ".join(unicodedata.normalize("NFC", text).split())
+    if isinstance(text, dict):
+        return normalised([text["role"], text["content"]])
+    return "\0".join(normalised(part) for part in text)
 
 
 def softmax(scores: Floats) -> Floats:

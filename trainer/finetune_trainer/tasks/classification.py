@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_trainer import metrics
-from finetune_trainer.tasks.base import BadRowError, Encoded, Evaluated, Floats, Row, TaskKind, log_sum_exp, sigmoid, softmax
+from finetune_trainer.tasks.base import BadRowError, Evaluated, Floats, Row, TaskKind, log_sum_exp, sigmoid, softmax
+from finetune_trainer.tasks.encoded import Encoded
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +28,11 @@ class SingleLabel(TaskKind):
     def collect(self, targets: Sequence[Any]) -> Any:
         return np.array(targets, dtype=np.int64)
 
-    def absent(self, labels: Any) -> list[str]:
-        there = set(labels.tolist())
-        return [label for label, i in self.ids.items() if i not in there]
+    def counts(self, labels: Any) -> dict[str, int]:
+        return dict(zip(self.labels, np.bincount(labels, minlength=len(self.labels)).tolist(), strict=True))
+
+    def strata(self, labels: Any) -> Any:
+        return labels
 
     def loss(self, logits: "torch.Tensor", labels: "torch.Tensor", smoothing: float) -> "torch.Tensor":
         from torch.nn.functional import cross_entropy
@@ -76,8 +79,8 @@ class MultiLabelled(TaskKind):
     def collect(self, targets: Sequence[Any]) -> Any:
         return np.array(targets, dtype=np.float32).reshape(len(targets), len(self.labels))
 
-    def absent(self, labels: Any) -> list[str]:
-        return [label for label, i in self.ids.items() if not labels[:, i].any()]
+    def counts(self, labels: Any) -> dict[str, int]:
+        return dict(zip(self.labels, labels.sum(axis=0).astype(int).tolist(), strict=True))
 
     def loss(self, logits: "torch.Tensor", labels: "torch.Tensor", smoothing: float) -> "torch.Tensor":
         from torch.nn.functional import binary_cross_entropy_with_logits

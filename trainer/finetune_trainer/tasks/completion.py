@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.tasks.base import IGNORED, BadRowError, Encoded, Evaluated, Examples, Floats, Row, TaskKind, text_of
+from finetune_trainer.tasks.base import (
+    IGNORED,
+    BadRowError,
+    Evaluated,
+    Examples,
+    Floats,
+    Row,
+    TaskKind,
+    normalised,
+    text_of,
+)
+from finetune_trainer.tasks.encoded import Encoded, Ragged
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +64,9 @@ class Completion(TaskKind):
             raise BadRowError(f"{self.columns[0]} has no message of the assistant")
         return ""
 
+    def key(self, text: Any, target: Any) -> str:
+        return normalised([text, target])  # one prompt may stand before many completions
+
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
         ids, labels, cut = [], [], 0
         for text, completion in zip(examples.texts, examples.labels, strict=True):
@@ -64,11 +78,11 @@ class Completion(TaskKind):
                 tokens, learned = tokens[start : start + max_length], learned[start : start + max_length]
             ids.append(tokens)
             labels.append(learned)
-        return Encoded(ids, labels, cut)
+        return Encoded(Ragged.of(ids), Ragged.of(labels), cut)
 
     def weights(self, data: Encoded) -> Floats:
         # The first token is nobody's next one.
-        return np.array([sum(token != IGNORED for token in row[1:]) for row in data.labels], dtype=np.float64)
+        return np.array([np.count_nonzero(row[1:] != IGNORED) for row in data.labels], dtype=np.float64)
 
     def configure(self, config: "PretrainedConfig") -> None:
         """Everything stays as it was pretrained."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_trainer import metrics
-from finetune_trainer.tasks.base import BadRowError, Encoded, Evaluated, Floats, Row, TaskKind
+from finetune_trainer.tasks.base import BadRowError, Evaluated, Floats, Row, TaskKind
+from finetune_trainer.tasks.encoded import Encoded
 
 if TYPE_CHECKING:
     import torch

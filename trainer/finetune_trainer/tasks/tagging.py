@@ -1,12 +1,14 @@
 """TokenClassification: a tag for every word. A word of several tokens has its tag on the first; the others have none."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune_trainer import metrics
-from finetune_trainer.tasks.base import IGNORED, BadRowError, Encoded, Evaluated, Examples, Floats, Row, TaskKind, text_of
+from finetune_trainer.tasks.base import IGNORED, BadRowError, Evaluated, Examples, Floats, Row, TaskKind, text_of
+from finetune_trainer.tasks.encoded import Encoded, Ragged
 
 if TYPE_CHECKING:
     import torch
@@ -31,23 +33,24 @@ class Tagging(TaskKind):
             raise BadRowError(f"{column} has a tag that is not one of dataset.labels ({', '.join(self.labels)})")
         return [self.ids[tag] for tag in tags]
 
-    def absent(self, labels: Any) -> list[str]:
-        there = {tag for row in labels for tag in row}
-        return [label for label, i in self.ids.items() if i not in there]
+    def counts(self, labels: Any) -> dict[str, int]:
+        found = Counter(tag for row in labels for tag in row)
+        return {label: found[i] for label, i in self.ids.items()}
 
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
-        made = tokenizer(examples.texts, is_split_into_words=True, truncation=True, max_length=max_length)
-        ids: list[list[int]] = made["input_ids"]
+        made = tokenizer(
+            examples.texts, is_split_into_words=True, truncation=True, max_length=max_length, return_attention_mask=False
+        )
         labels, cut = [], 0
         for i, tags in enumerate(examples.labels):
             words = made.word_ids(i)
             first = [w is not None and (k == 0 or words[k - 1] != w) for k, w in enumerate(words)]
             labels.append([tags[w] if starts else IGNORED for w, starts in zip(words, first, strict=True)])
             cut += sum(first) < len(tags)
-        return Encoded(ids, labels, cut)
+        return Encoded(Ragged.of(made["input_ids"]), Ragged.of(labels), cut)
 
     def weights(self, data: Encoded) -> Floats:
-        return np.array([sum(tag != IGNORED for tag in row) for row in data.labels], dtype=np.float64)
+        return np.array([np.count_nonzero(row != IGNORED) for row in data.labels], dtype=np.float64)
 
     def loss(self, logits: "torch.Tensor", labels: "torch.Tensor", smoothing: float) -> "torch.Tensor":
         from torch.nn.functional import cross_entropy
@@ -69,7 +72,7 @@ class Tagging(TaskKind):
     def score(self, outputs: Floats, data: Encoded) -> Evaluated:
         truth, predicted = [], []
         for row, labels in zip(outputs, data.labels, strict=True):
-            at = [k for k, tag in enumerate(labels) if tag != IGNORED]
+            at = np.flatnonzero(labels != IGNORED)
             truth.append([self.labels[labels[k]] for k in at])
             predicted.append([self.labels[int(row[1 + k])] for k in at])
         right = sum(a == b for t, p in zip(truth, predicted, strict=True) for a, b in zip(t, p, strict=True))
@@ -80,7 +83,7 @@ class Tagging(TaskKind):
     def answer(self, outputs: Floats, data: Encoded, texts: Sequence[Any]) -> list[dict[str, Any]]:
         answers = []
         for row, labels, words in zip(outputs, data.labels, texts, strict=True):
-            tags = [self.labels[int(row[1 + k])] for k, tag in enumerate(labels) if tag != IGNORED]
+            tags = [self.labels[int(row[1 + k])] for k in np.flatnonzero(labels != IGNORED)]
             answers.append({"words": words, "tags": tags + [None] * (len(words) - len(tags))})  # None: behind maxLength
         return answers
 
@@ -88,6 +91,6 @@ class Tagging(TaskKind):
 def _items(row: Row, column: str) -> list[str]:
     value = row[column]
     items = [str(item) for item in value] if isinstance(value, list) else str(value or "").split()
-    if not items:
+    if not items or (isinstance(value, list) and None in value):
         raise BadRowError(f"{column} is empty or no text")
     return items
