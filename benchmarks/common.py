@@ -46,7 +46,8 @@ class Corpus:
 def load_airline_or_feedback() -> Corpus:
     """The airline tweets where they are at hand, else the shipped customer feedback."""
     if not AIRLINE.is_dir():
-        return Corpus("customer feedback", *(_read(FEEDBACK / f"{s}.csv") for s in ("train", "validation", "test")), LABELS)
+        train, validation, test = (_read(FEEDBACK / f"{split}.csv") for split in ("train", "validation", "test"))
+        return Corpus("customer feedback", train, validation, test, LABELS)
     train = _read(AIRLINE / "train.csv")
     # Their validation file is the one that is held out: a tenth of the rest selects.
     random.Random(0).shuffle(train)
