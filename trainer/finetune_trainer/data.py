@@ -131,13 +131,18 @@ def plan(seed: int, epoch: int, batch_size: int, lengths: npt.NDArray[np.int64])
 
 
 def collate(encoded: Encoded, rows: npt.NDArray[np.int64], pad: int, device: "torch.device") -> "dict[str, torch.Tensor]":
-    """Tensors of one batch: input_ids, attention_mask and, of pairs, token_type_ids (rows, longest); labels (rows, ...)."""
+    """Tensors of one batch: input_ids, attention_mask and, of pairs, token_type_ids (rows, longest); or features (rows, width); and
+    labels (rows, ...)."""
     import torch
 
-    ids = [encoded.ids[r] for r in rows]
-    arrays = {"input_ids": _padded(ids, pad), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}
-    if encoded.types is not None:
-        arrays["token_type_ids"] = _padded([encoded.types[r] for r in rows], 0)
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    if encoded.features is not None:
+        arrays["features"] = encoded.features[rows]
+    else:
+        ids = [encoded.ids[r] for r in rows]
+        arrays |= {"input_ids": _padded(ids, pad), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}
+        if encoded.types is not None:
+            arrays["token_type_ids"] = _padded([encoded.types[r] for r in rows], 0)
     by_token = isinstance(encoded.labels, list)
     arrays["labels"] = _padded([encoded.labels[r] for r in rows], IGNORED) if by_token else encoded.labels[rows]
     return {name: torch.from_numpy(a).to(device, non_blocking=True) for name, a in arrays.items()}

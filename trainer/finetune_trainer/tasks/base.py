@@ -6,7 +6,7 @@ numbers for each row (`outputs`) out of which `score` makes the metrics.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from finetune_api.finetunejob import MetricValue
 from finetune_api.recipe import Dataset
+from finetune_trainer.tasks.template import Template
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label id of a token that has no label: PyTorch's cross entropy leaves it out."""
@@ -54,13 +55,16 @@ class Encoded:
     truncated: int
     types: list[list[int]] | None = None
     """Which of two texts a token is of, for models that want to know."""
+    features: npt.NDArray[np.float32] | None = None
+    """What a frozen encoder makes of each row, (rows, width): read in place of the tokens where it is there."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        return np.array([len(row) for row in self.ids], dtype=np.int64)
+        """Tokens of each row, for batches with little padding; features have one length."""
+        return np.array([1 if self.features is not None else len(row) for row in self.ids], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,14 @@ class TaskKind(ABC):
         self.dataset = dataset
         self.labels = dataset.labels or []
         self.ids = {label: i for i, label in enumerate(self.labels)}
+        self.template = Template.of(dataset.prompt) if dataset.prompt else None
 
     # -------------------------------------------------------------------------------------------------------- data -----
     @property
     def columns(self) -> tuple[str, ...]:
         """That every row must have."""
+        if self.template is not None:
+            return (*self.template.columns, self.dataset.label_column)
         pair = (self.dataset.text_pair_column,) if self.dataset.text_pair_column else ()
         return (self.dataset.text_column, *pair, self.dataset.label_column)
 
@@ -106,7 +113,10 @@ class TaskKind(ABC):
         return self.columns[:-1]
 
     def input(self, row: Row) -> Any:
-        """What the model reads. Raises BadRowError."""
+        """What the model reads: a text, or one for each of several columns. Raises BadRowError."""
+        if self.template is not None:
+            # In csv a number is text anyway.
+            row = {column: str(value) if type(value) in (int, float) else value for column, value in row.items()}
         texts = [text_of(row, column) for column in self.inputs]
         return texts[0] if len(texts) == 1 else tuple(texts)
 
@@ -124,6 +134,8 @@ class TaskKind(ABC):
 
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
         """Token ids of every row, at most max_length each."""
+        if self.template is not None:
+            return self.encode_template(examples, tokenizer, max_length)
         pairs = bool(self.dataset.text_pair_column)
         texts = [list(sides) for sides in zip(*examples.texts, strict=True)] if pairs else [list(examples.texts)]
         made = tokenizer(*texts, truncation=True, max_length=max_length)
@@ -131,6 +143,15 @@ class TaskKind(ABC):
         # A row of exactly max_length was most likely cut; counting exactly would mean tokenising twice.
         cut = sum(len(row) >= max_length for row in ids)
         return Encoded(ids, examples.labels, cut, made.get("token_type_ids") if pairs else None)
+
+    def encode_template(
+        self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int, mask: str = ""
+    ) -> Encoded:
+        """Of rows with a text for each column of the template, or one text where it has one column."""
+        assert self.template is not None
+        rows = [[text] if isinstance(text, str) else text for text in examples.texts]
+        ids, cut = self.template.encode(rows, tokenizer, max_length, mask)
+        return Encoded(ids, examples.labels, cut)
 
     def weights(self, data: Encoded) -> Floats:
         """How much each row counts in the mean loss, shape (rows,)."""
@@ -149,6 +170,12 @@ class TaskKind(ABC):
         """Whether a checkpoint's head, if it has one for this task, says the same labels."""
         found = getattr(config, "id2label", None) or {}
         return [found[i] for i in sorted(found)] == self.labels
+
+    def check_head(self, missing: Collection[str]) -> None:  # noqa: B027  (most tasks mind no new head)
+        """Before a model is used some of whose weights were not in the checkpoint: they are new. Raises TrainingFailure."""
+
+    def attach(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: B027  (nor a model's insides)
+        """What the task must know of a model, and change in it, before its first forward pass. Raises TrainingFailure."""
 
     @abstractmethod
     def loss(self, logits: "torch.Tensor", labels: "torch.Tensor", smoothing: float) -> "torch.Tensor":
