@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune_trainer.dist import ALONE, Group
+from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.evaluation import by_row
 from finetune_trainer.tasks import Encoded
 
@@ -33,25 +34,36 @@ class Answer(NamedTuple):
 
 
 class Head(nn.Module):
-    """Standardised features into a linear layer: (rows, width) to (rows, outputs).
+    """Standardised features into a linear layer: (rows, width) to (rows, outputs). Of a regression the output is standardised too.
 
-    Standardised, one learning rate does for every encoder, and a few steps are enough. Weights begin at zero: the loss is convex.
+    So one learning rate does for every encoder and every unit, and a few steps are enough. Weights begin at zero: the loss is convex.
     """
 
     def __init__(self, width: int, outputs: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(outputs, width)), nn.Parameter(torch.zeros(outputs))
         self.center, self.scale = nn.Buffer(torch.zeros(width)), nn.Buffer(torch.ones(width))
+        self.output_center, self.output_scale = nn.Buffer(torch.zeros(1)), nn.Buffer(torch.ones(1))
         self.dropout = nn.Dropout(dropout)
 
-    def standardise(self, features: npt.NDArray[np.float32]) -> None:
-        """From now on by the mean and deviation of these features, (rows, width). One that never changes only loses its mean."""
-        deviation, center = torch.std_mean(torch.from_numpy(features).double(), dim=0, correction=0)
-        self.center.copy_(center)
-        self.scale.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
+    def standardise(self, features: npt.NDArray[np.float32], numbers: npt.NDArray[np.float32] | None = None) -> None:
+        """From now on by the mean and deviation of these features, (rows, width), and of a regression's numbers, (rows,).
+
+        What never changes only loses its mean.
+        """
+        _set(self.center, self.scale, torch.from_numpy(features))
+        if numbers is not None:
+            _set(self.output_center, self.output_scale, torch.from_numpy(numbers)[:, None])
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(self.dropout((features - self.center) / self.scale), self.weight, self.bias)
+        standard = self.dropout((features - self.center) / self.scale)
+        return nn.functional.linear(standard, self.weight, self.bias) * self.output_scale + self.output_center
+
+
+def _set(center: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> None:
+    deviation, mean = torch.std_mean(values.double(), dim=0, correction=0)
+    center.copy_(mean)
+    scale.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
 
 
 class MeanPooled(nn.Module):
@@ -114,7 +126,7 @@ def with_features(
 
 # ----------------------------------------------------------------------------------------------------------- files ----
 def load_encoder(folder: Path, **options: Any) -> "PreTrainedModel":
-    """Raises ValueError where there is no sequence of states to take the mean of."""
+    """Raises TrainingFailure where there is no one sequence of states to take the mean of."""
     import transformers
 
     # What a checkpoint lacks (BERT's pooler, which is not used here) is made up: the same each time, and at no cost to the other dice.
@@ -124,7 +136,10 @@ def load_encoder(folder: Path, **options: Any) -> "PreTrainedModel":
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, use_safetensors=True, **options
         )
     if encoder.config.is_encoder_decoder:
-        raise ValueError(f"model.pooling Mean: {encoder.config.model_type} is an encoder with a decoder")
+        message = (
+            f"model.pooling: {encoder.config.model_type} is an encoder with a decoder; Mean is for models that are one of them"
+        )
+        raise TrainingFailure("RecipeInvalid", message)
     return encoder
 
 

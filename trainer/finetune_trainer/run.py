@@ -17,6 +17,7 @@ from finetune_api import Recipe, names
 from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, Result
 from finetune_api.model_source import Pooling
 from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
+from finetune_api.tasks import Task
 from finetune_trainer import adapters, data, model
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
@@ -185,7 +186,8 @@ class Run:
         began = time.monotonic()
         made = pooling.with_features(learner, encoded, pad, self.group.device(), self.group, self._may_go_on)
         if new:
-            learner.linear_head.standardise(made["train"].features)
+            numbers = made["train"].labels if self.recipe.task is Task.REGRESSION else None
+            learner.linear_head.standardise(made["train"].features, numbers)
         rows, seconds = sum(len(split) for split in made.values()), time.monotonic() - began
         self.console.line(f"features: the encoder has read {rows} texts in {seconds:.1f} s and is done")
         return made
