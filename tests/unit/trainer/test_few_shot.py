@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from trainer_kit import LABELS, WORDS, Job, Killed, merged, rows
+from trainer_kit import LABELS, WORDS, Job, Killed, ScriptedConsole, make_model, merged, rows
 
 from finetune_api.few_shot import Prompt
+from finetune_api.manifest import load_job_file
 from finetune_api.recipe import Dataset
 from finetune_api.tasks import Task
 from finetune_trainer import inference, layers, model, pooling
 from finetune_trainer.data import collate
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.few_shot import few_shot
+from finetune_trainer.run import Run
 from finetune_trainer.tasks import Encoded, Examples, kind_of
 from finetune_trainer.tasks.cloze import Cloze
 from finetune_trainer.tasks.template import Template
 
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 CPU = torch.device("cpu")
 ENCODERS = ("bert", "roberta", "distilbert", "deberta-v2", "electra", "albert", "modernbert", "mpnet", "xlm-roberta")
 
@@ -300,10 +304,6 @@ def test_asked_to_end_while_the_encoder_reads_it_ends(job: Job, monkeypatch: pyt
         return pooled(self, attention_mask, **tokens)
 
     monkeypatch.setattr(pooling.MeanPooled, "pooled", stopping)
-    import threading
-
-    from finetune_trainer.run import Run
-
     stop.append(threading.Event())
     with pytest.raises(TrainingFailure, match="before the first step"):
         Run(done.recipe(), done.runtime(), stop[0])()
@@ -596,3 +596,31 @@ def test_long_texts_keep_their_question(masked: Path) -> None:
         "[CLS] bad it was [MASK] [SEP]",
     ]
     assert data.truncated == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- examples ----
+@pytest.mark.parametrize("name", ["finetunejob", "template", "cloze"])
+def test_the_examples_run_as_they_are(job: Job, masked: Path, tmp_path: Path, name: str) -> None:
+    """On the shipped data; tiny models stand in for theirs."""
+    spec = load_job_file(EXAMPLES / f"few-shot/{name}.yaml").spec
+    (tmp_path / "s3/customer-feedback").mkdir(parents=True)
+    (tmp_path / "s3/customer-feedback/data").symlink_to(EXAMPLES / "customer-feedback/data")
+    stand_in = tmp_path / "mirror" / str(spec.recipe().model.uri).removeprefix("hf://")
+    stand_in.parent.mkdir(parents=True)
+    shutil.copytree(masked if name == "cloze" else job.model, stand_in)
+    if name == "cloze":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(stand_in)
+        tokenizer.add_tokens(["terrible", "okay", "great"])
+        tokenizer.save_pretrained(stand_in)
+        config = transformers.AutoConfig.from_pretrained(stand_in)
+        config.update({"vocab_size": len(tokenizer), "max_position_embeddings": 128})
+        transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(stand_in)
+    else:
+        make_model(stand_in, positions=128)
+    runtime = replace(job.runtime(), s3_root=tmp_path / "s3", model_mirror=str(tmp_path / "mirror"))
+    console = ScriptedConsole({})
+    Run(spec.recipe(), runtime, threading.Event(), console=console)()
+    assert f"data: {959 if name == 'template' else 96} train, 113 validation" in console.text
+    row = {"text": "very kind", "channel": "chat", "line": "telecom", "label": "positive"}
+    folder = tmp_path / "s3/customer-feedback/models" / {"finetunejob": "few-shot"}.get(name, name) / "model"
+    assert set(inference.load(folder).evaluate([row]).values) >= {"macro_f1", "loss"}
