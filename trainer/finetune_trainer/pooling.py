@@ -36,21 +36,19 @@ class Answer(NamedTuple):
 class Head(nn.Module):
     """Standardised features into a linear layer: (rows, width) to (rows, outputs). Of a regression the output is standardised too.
 
-    So one learning rate does for every encoder and every unit, and a few steps are enough. Weights begin at zero: the loss is convex.
+    So one learning rate does for every encoder and every unit, and a few steps are enough. Features share one scale: with few examples
+    the wide directions are the ones to trust. Weights begin at zero: the loss is convex.
     """
 
     def __init__(self, width: int, outputs: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(outputs, width)), nn.Parameter(torch.zeros(outputs))
-        self.center, self.scale = nn.Buffer(torch.zeros(width)), nn.Buffer(torch.ones(width))
+        self.center, self.scale = nn.Buffer(torch.zeros(width)), nn.Buffer(torch.ones(1))
         self.output_center, self.output_scale = nn.Buffer(torch.zeros(1)), nn.Buffer(torch.ones(1))
         self.dropout = nn.Dropout(dropout)
 
     def standardise(self, features: npt.NDArray[np.float32], numbers: npt.NDArray[np.float32] | None = None) -> None:
-        """From now on by the mean and deviation of these features, (rows, width), and of a regression's numbers, (rows,).
-
-        What never changes only loses its mean.
-        """
+        """From now on by the mean and deviation of these features, (rows, width), and of a regression's numbers, (rows,)."""
         _set(self.center, self.scale, torch.from_numpy(features))
         if numbers is not None:
             _set(self.output_center, self.output_scale, torch.from_numpy(numbers)[:, None])
@@ -61,9 +59,10 @@ class Head(nn.Module):
 
 
 def _set(center: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> None:
-    deviation, mean = torch.std_mean(values.double(), dim=0, correction=0)
-    center.copy_(mean)
-    scale.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
+    values = values.double()
+    center.copy_(values.mean(dim=0))
+    deviation = (values - values.mean(dim=0)).square().mean().sqrt()
+    scale.fill_(deviation if deviation > 0 else 1.0)  # where all rows are the same
 
 
 class MeanPooled(nn.Module):

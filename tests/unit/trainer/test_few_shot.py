@@ -139,7 +139,7 @@ def test_the_result_is_the_encoder_as_it_was_and_a_head_that_has_learned(job: Jo
     texts = [row["text"] for row in rows(44)]
     inputs = features_of(job.model, texts)
     np.testing.assert_allclose(head["center"], inputs.mean(axis=0), atol=1e-5)
-    np.testing.assert_allclose(head["scale"], inputs.std(axis=0), atol=1e-5)
+    np.testing.assert_allclose(head["scale"], np.sqrt(((inputs - inputs.mean(axis=0)) ** 2).mean()), atol=1e-5)
     logits = (inputs - head["center"].numpy()) / head["scale"].numpy() @ head["weight"].numpy().T + head["bias"].numpy()
     odds = torch.softmax(torch.from_numpy(logits), dim=1).numpy()
     answers = inference.load(folder).predict(texts)
@@ -269,11 +269,11 @@ def _tokens(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
 
 
-def test_a_feature_that_never_changes_divides_by_nothing() -> None:
+def test_what_never_changes_divides_by_nothing() -> None:
     head = pooling.Head(2, 3)
-    head.standardise(np.array([[1.0, 5.0], [3.0, 5.0]], dtype=np.float32))
-    assert head.center.tolist() == [2, 5]
-    assert head.scale.tolist() == [1, 1]
+    head.standardise(np.array([[1.0, 5.0], [1.0, 5.0]], dtype=np.float32), np.array([7.0, 7.0], dtype=np.float32))
+    assert (head.center.tolist(), head.scale.tolist()) == ([1, 5], [1])
+    assert (head.output_center.tolist(), head.output_scale.tolist()) == ([7], [1])
 
 
 def test_an_encoder_with_a_decoder_is_refused(job: Job, tmp_path: Path) -> None:
