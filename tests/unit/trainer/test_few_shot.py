@@ -87,13 +87,14 @@ def test_the_draw_is_the_seeds_and_no_other_classs() -> None:
     ids = np.array([0, 1, 2] * 40)
     texts = [f"{i}" for i in range(len(ids))]
 
-    def drawn(seed: int, labels: Any, of: int) -> list[str]:
-        taken = few_shot(Examples("x", texts, labels), 5, seed)
+    def drawn(seed: int, labels: Any, of: int, last: int = len(texts)) -> list[str]:
+        taken = few_shot(Examples("x", texts[:last], labels[:last]), 5, seed)
         return [text for text, label in zip(taken.texts, taken.labels, strict=True) if label == of]
 
     assert drawn(1, ids, 0) == drawn(1, ids, 0)
     assert drawn(1, ids, 0) != drawn(2, ids, 0)
     assert drawn(1, ids, 0) == drawn(1, np.where(ids == 2, 1, ids), 0)
+    assert drawn(1, ids, 0) == drawn(1, ids, 0, last=118), "without the last row of each other class"
     assert drawn(1, ids, 0)[:3] != [text for text in texts if ids[int(text)] == 0][:3], "not simply the first"
 
 
