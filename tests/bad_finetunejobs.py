@@ -58,6 +58,10 @@ def _spec(name: str, path: str, value: Any, named: str | None = None) -> Bad:
     return Bad(name, {f"spec.{path}": value}, named or path.rsplit(".", maxsplit=1)[-1])
 
 
+_MEAN = {"spec.model.pooling": "Mean"}
+_SHOT = {"examplesPerClass": 8}
+_WORDS = {"negative": "bad", "neutral": "so", "positive": "good"}
+_CLOZE = {"template": "{text} It was {mask}.", "verbalizers": _WORDS}
 LONG_URI = "s3://bucket/" + "x" * 1100
 
 BAD: tuple[Bad, ...] = (
@@ -150,6 +154,47 @@ BAD: tuple[Bad, ...] = (
     Bad("fgm-with-adapters", {"spec.model.lora": {}, "spec.hyperparameters.adversarial": {}}, "hyperparameters.adversarial"),
     _spec("adapters-of-rank-0", "model.lora.rank", 0),
     _spec("threshold-of-1", "dataset.multiLabel", {"threshold": 1}, "threshold"),
+    # --- few examples ---
+    _spec("unknown-pooling", "model.pooling", "Max"),
+    Bad("mean-for-tags", {"spec.model.pooling": "Mean", "spec.task": "TokenClassification"}, "model.pooling"),
+    *(
+        Bad(f"mean-with-{path}", {"spec.model.pooling": "Mean", f"spec.{path}": value}, path)
+        for path, value in {
+            "model.lora": {},
+            "hyperparameters.freeze": {"layers": 1},
+            "hyperparameters.layerwiseDecay": 0.9,
+            "hyperparameters.adversarial": {},
+            "hyperparameters.gradientCheckpointing": True,
+            "hyperparameters.precision": "BF16",
+            "hyperparameters.dropout.hidden": 0.1,
+            "hyperparameters.dropout.attention": 0.1,
+        }.items()
+    ),
+    Bad("mean-with-frozen-embeddings", {**_MEAN, "spec.hyperparameters.freeze.embeddings": True}, "hyperparameters.freeze"),
+    Bad("mean-with-frozen-names", {**_MEAN, "spec.hyperparameters.freeze.patterns": ["*"]}, "hyperparameters.freeze"),
+    _spec("no-shot", "dataset.fewShot", {"examplesPerClass": 0}, "examplesPerClass"),
+    _spec("shots-of-nothing", "dataset.fewShot", {}, "examplesPerClass"),
+    Bad("shots-of-several-labels", {"spec.dataset.fewShot": _SHOT, "spec.dataset.multiLabel": {}}, "dataset.fewShot"),
+    Bad("shots-of-tags", {"spec.dataset.fewShot": _SHOT, "spec.task": "TokenClassification"}, "dataset.fewShot"),
+    _spec("prompt-without-template", "dataset.prompt", {}, "template"),
+    _spec("template-without-column", "dataset.prompt", {"template": "{{text}} it was"}, "template"),
+    _spec("template-with-a-lone-brace", "dataset.prompt", {"template": "{text} }"}, "written twice"),
+    _spec("template-with-an-empty-name", "dataset.prompt", {"template": "{text} {}"}, "written twice"),
+    _spec("template-with-the-label", "dataset.prompt", {"template": "{text} {label}"}, "prompt.template"),
+    _spec("mask-without-words", "dataset.prompt", {"template": "{text} {mask}"}, "template"),
+    _spec("words-without-mask", "dataset.prompt", {**_CLOZE, "template": "{text} {{mask}}"}, "template"),
+    _spec("two-masks", "dataset.prompt", {**_CLOZE, "template": "{text} {mask} {mask}"}, "template"),
+    _spec("mask-alone", "dataset.prompt", {**_CLOZE, "template": "{mask}"}, "template"),
+    _spec("a-word-too-few", "dataset.prompt", {**_CLOZE, "verbalizers": {"negative": "bad", "neutral": "so"}}, "prompt.verbalizers"),
+    _spec("a-word-for-no-label", "dataset.prompt", {**_CLOZE, "verbalizers": {**_WORDS, "other": "x"}}, "prompt.verbalizers"),
+    _spec("a-word-twice", "dataset.prompt", {**_CLOZE, "verbalizers": {**_WORDS, "neutral": "bad"}}, "verbalizers"),
+    _spec("an-empty-word", "dataset.prompt", {**_CLOZE, "verbalizers": {**_WORDS, "neutral": ""}}, "verbalizers"),
+    Bad("prompt-and-pair", {"spec.dataset.prompt": {"template": "{text}"}, "spec.dataset.textPairColumn": "b"}, "textPairColumn"),
+    Bad("prompt-for-tags", {"spec.dataset.prompt": {"template": "{text}"}, "spec.task": "TokenClassification"}, "dataset.prompt"),
+    Bad("words-for-several-labels", {"spec.dataset.prompt": _CLOZE, "spec.dataset.multiLabel": {}}, "dataset.prompt.verbalizers"),
+    Bad("words-and-mean", {**_MEAN, "spec.dataset.prompt": _CLOZE}, "dataset.prompt.verbalizers"),
+    Bad("words-and-a-head", {"spec.dataset.prompt": _CLOZE, "spec.hyperparameters.dropout.classifier": 0.1},
+        "hyperparameters.dropout.classifier"),
     # --- addresses and files ---
     _spec("model-without-scheme", "model.uri", "bert-base-uncased"),
     _spec("model-without-organisation", "model.uri", "hf://bert-base-uncased"),

@@ -29,6 +29,8 @@ def predict(
         # Before the model is loaded, which takes seconds: a wrong file is told at once.
         card = _with_columns(_card(folder), text_column, None)
         inputs_: list[Any] = list(texts) or _texts_to_label(file, card)
+        if isinstance(inputs_[0], str) and len(card.kind.inputs) > 1:
+            raise UserError(f"the model reads {', '.join(card.kind.inputs)} of a row: give a .csv or .jsonl file with --file")
         predictor = _load(folder, card)
         answers = predictor.predict(inputs_)
     if as_json:
@@ -98,6 +100,8 @@ def _card(folder: Path) -> "Card":
 
 def _with_columns(card: "Card", text: str | None, label: str | None) -> "Card":
     """Read from other columns than the training data's."""
+    if text and card.dataset.prompt is not None:
+        raise UserError(f"--text-column {text}: the model's template reads {', '.join(card.dataset.prompt.columns)}")
     text_field, label_field = "text_column", "label_column"
     if card.dataset.messages_column is not None:
         text_field = "messages_column"

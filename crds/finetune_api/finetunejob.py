@@ -8,9 +8,10 @@ from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints, fi
 from pydantic_core import PydanticCustomError
 
 from finetune_api.base import Cel, EachOnce, Model
+from finetune_api.model_source import ModelSource
 from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
 from finetune_api.placement import Placement
-from finetune_api.recipe import Dataset, ModelSource, Output, Recipe
+from finetune_api.recipe import Dataset, Output, Recipe
 from finetune_api.tasks import Task
 
 NAME = rf"^[a-z]([-a-z0-9]{{0,{MAX_NAME_LENGTH - 2}}}[a-z0-9])?$"

@@ -12,23 +12,17 @@ from pydantic import Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
 from finetune_api.base import Cel, EachOnce, Model, Shape
+from finetune_api.few_shot import PLAIN, FewShot, Prompt
+from finetune_api.model_source import HUB_NAME, ModelSource, Pooling, Share
 from finetune_api.names import CHECKPOINTS_DIR
 from finetune_api.tasks import METRICS, RULES, Metric, Task
 
-HUB_NAME = r"hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9._/-]+)?"
-MODEL_URI = rf"^({HUB_NAME}|s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/.+|file:///.+)$"
 DATA_URI = rf"^({HUB_NAME}|s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/.*)?|file:///.+)$"
 STORAGE_URI = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+|file:///.+)$"
 DATA_FILE = r"^[A-Za-z0-9_][A-Za-z0-9._/-]*\.(csv|jsonl|parquet)$"
 
-Share = Annotated[float, Field(ge=0, lt=1)]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
-ModelUri = Annotated[
-    str,
-    StringConstraints(max_length=1024),
-    Shape(MODEL_URI, "must be hf://org/name[@revision], s3://bucket/prefix or file:///path"),
-]
 DataUri = Annotated[
     str,
     StringConstraints(max_length=1024),
@@ -44,38 +38,6 @@ DataFile = Annotated[
     StringConstraints(max_length=253),
     Shape(DATA_FILE, "must be the name of a .csv, .jsonl or .parquet file, relative to dataset.uri"),
 ]
-
-
-class Lora(Model):
-    """Low-rank adapters (Hu et al., 2021): the pretrained weights stay, small matrices beside them train, and the head."""
-
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of the matrices."""
-    alpha: Annotated[int, Field(ge=1, le=4096)] = 32
-    """The adapters' output is multiplied with alpha/rank."""
-    dropout: Share = 0.0
-    """Dropout rate before the adapters."""
-    target_modules: (
-        Annotated[
-            list[Annotated[str, StringConstraints(min_length=1, max_length=253)]], Field(min_length=1, max_length=64), EachOnce()
-        ]
-        | None
-    ) = None
-    """Ends of the names of the linear modules that get an adapter, for example q_proj. Default: all linear modules of all
-    layers."""
-    merge: bool = True
-    """true: the adapters are added to the weights at the end and the result is a whole stock model. false: model/ holds the adapter
-    alone, as peft has it."""
-
-
-class ModelSource(Model):
-    """The pretrained model to start from."""
-
-    uri: ModelUri
-    """Where the model is: hf://org/name[@revision], s3://bucket/prefix or file:///path (a path inside the pod). hf:// looks
-    first in the mirror (FINETUNE_MODEL_MIRROR: folders org/name/, and org/name@revision/ where a revision is given), then at the hub."""
-    lora: Lora | None = None
-    """Train low-rank adapters instead of the weights."""
 
 
 class MultiLabel(Model):
@@ -134,6 +96,11 @@ class Dataset(Model):
     messages_column: Column | None = None
     """Column with a chat: a list of objects with role and content, in jsonl. The model's chat template makes the text; the loss is on
     what the assistant says."""
+    few_shot: FewShot | None = None
+    """Train on a sample of the training data. For SequenceClassification with one label."""
+    prompt: Prompt | None = None
+    """Make the text that the model reads of several columns, or ask a masked language model. For SequenceClassification and
+    Regression."""
     max_length: Annotated[int, Field(ge=8, le=32768)] = 256
     """Longest text in tokens; the rest of a longer text is cut off (the share of cut texts is logged)."""
     max_bad_rows: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -183,6 +150,22 @@ class Dataset(Model):
             "groupColumn must not be a column with texts: its values are logged",
             ".groupColumn",
         ),
+        Cel(
+            f"!has(self.prompt) || !{PLAIN.format('.prompt')}.contains('{{' + self.labelColumn + '}}')",
+            "prompt.template must not hold the column of the label",
+            ".prompt",
+        ),
+        Cel(
+            "!has(self.prompt) || !has(self.textPairColumn)",
+            "prompt.template can hold both columns: leave textPairColumn out",
+            ".textPairColumn",
+        ),
+        Cel(
+            "!has(self.prompt) || !has(self.prompt.verbalizers) || (has(self.labels) && size(self.labels) == size(self.prompt.verbalizers)"
+            " && self.labels.all(label, label in self.prompt.verbalizers))",
+            "prompt.verbalizers must have a word for each of dataset.labels and no other",
+            ".prompt",
+        ),
     )
 
     @model_validator(mode="after")
@@ -197,6 +180,8 @@ class Dataset(Model):
         texts = (self.text_column, self.text_pair_column, self.prompt_column, self.completion_column, self.messages_column)
         if self.group_column is not None and self.group_column in texts:
             raise ValueError("groupColumn: groupColumn must not be a column with texts: its values are logged")
+        if self.prompt is not None:
+            self._fits_the_prompt(self.prompt)
         return self
 
     def _check_files(self) -> None:
@@ -213,6 +198,14 @@ class Dataset(Model):
     def validation_file(self) -> str | None:
         """None: validation is held out of train."""
         return None if self.validation_fraction is not None else self.validation or self.default_validation
+
+    def _fits_the_prompt(self, prompt: Prompt) -> None:
+        if self.label_column in prompt.columns:
+            raise ValueError("prompt: prompt.template must not hold the column of the label")
+        if self.text_pair_column is not None:
+            raise ValueError("textPairColumn: prompt.template can hold both columns: leave textPairColumn out")
+        if prompt.verbalizers is not None and set(prompt.verbalizers) != set(self.labels or []):
+            raise ValueError("prompt: prompt.verbalizers must have a word for each of dataset.labels and no other")
 
 
 class Dropout(Model):
@@ -373,7 +366,7 @@ class Hyperparameters(Model):
 
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
     """Peak learning rate. Default by model size: 2e-4 below 50M parameters, 5e-5 below 200M, 2e-5 above; with model.lora ten times
-    as much. The value used is in result.json."""
+    as much; with model.pooling Mean 1e-2. The value used is in result.json."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
     """Examples per optimizer step, over all processes."""
     epochs: Annotated[int, Field(ge=1, le=10000)] = 3
@@ -512,6 +505,11 @@ class Recipe(Model):
     def labels(self) -> list[str]:
         """Of a task that has any."""
         return self.dataset.labels or []
+
+    @property
+    def precision(self) -> Precision:
+        """As asked for; a linear head gains nothing from fewer bits."""
+        return Precision.FP32 if self.model.pooling is Pooling.MEAN else self.hyperparameters.precision
 
     @property
     def checkpoint_uri(self) -> str:

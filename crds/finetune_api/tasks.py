@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from finetune_api.model_source import Pooling
+
 if TYPE_CHECKING:
     from finetune_api.recipe import Recipe
 
@@ -93,7 +95,98 @@ def _metric_rule(task: Task, metrics: tuple[Metric, ...]) -> Rule:
     )
 
 
+def _encoder_rule(field: str, cel: str, holds: "Callable[[Recipe], bool]") -> Rule:
+    return Rule(
+        field,
+        "is for an encoder that trains; with model.pooling Mean it does not",
+        f"self.model.pooling != '{Pooling.MEAN}' || ({cel})",
+        lambda r: r.model.pooling is not Pooling.MEAN or holds(r),
+    )
+
+
+_FROZEN_RULES: tuple[Rule, ...] = (
+    _encoder_rule("model.lora", "!has(self.model.lora)", lambda r: r.model.lora is None),
+    _encoder_rule(
+        "hyperparameters.freeze",
+        "!self.hyperparameters.freeze.embeddings && self.hyperparameters.freeze.layers == 0"
+        " && (!has(self.hyperparameters.freeze.patterns) || self.hyperparameters.freeze.patterns.size() == 0)",
+        lambda r: (
+            not (r.hyperparameters.freeze.embeddings or r.hyperparameters.freeze.layers or r.hyperparameters.freeze.patterns)
+        ),
+    ),
+    _encoder_rule(
+        "hyperparameters.layerwiseDecay",
+        "self.hyperparameters.layerwiseDecay == 1.0",
+        lambda r: r.hyperparameters.layerwise_decay == 1,
+    ),
+    _encoder_rule(
+        "hyperparameters.adversarial", "!has(self.hyperparameters.adversarial)", lambda r: r.hyperparameters.adversarial is None
+    ),
+    _encoder_rule(
+        "hyperparameters.gradientCheckpointing",
+        "!self.hyperparameters.gradientCheckpointing",
+        lambda r: not r.hyperparameters.gradient_checkpointing,
+    ),
+    _encoder_rule(
+        "hyperparameters.precision",
+        "self.hyperparameters.precision in ['Auto', 'FP32']",
+        lambda r: r.hyperparameters.precision in ("Auto", "FP32"),
+    ),
+    *(
+        _encoder_rule(
+            f"hyperparameters.dropout.{role}",
+            f"!has(self.hyperparameters.dropout) || !has(self.hyperparameters.dropout.{role})",
+            lambda r, role=role: getattr(r.hyperparameters.dropout, role) is None,  # type: ignore[misc]
+        )
+        for role in ("hidden", "attention")
+    ),
+)
+
+_CLOZE = "has(self.dataset.prompt) && has(self.dataset.prompt.verbalizers)"
+
+
+def _cloze(r: "Recipe") -> bool:
+    return r.dataset.prompt is not None and r.dataset.prompt.verbalizers is not None
+
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "model.pooling",
+        "Mean is for SequenceClassification and Regression",
+        f"self.model.pooling != '{Pooling.MEAN}' || {_in(*_PAIRED)}",
+        lambda r: r.model.pooling is not Pooling.MEAN or r.task in _PAIRED,
+    ),
+    *_FROZEN_RULES,
+    Rule(
+        "dataset.fewShot",
+        "is for SequenceClassification with one label",
+        f"!has(self.dataset.fewShot) || ({_in(Task.SEQUENCE_CLASSIFICATION)} && !has(self.dataset.multiLabel))",
+        lambda r: r.dataset.few_shot is None or (r.task is Task.SEQUENCE_CLASSIFICATION and r.dataset.multi_label is None),
+    ),
+    Rule(
+        "dataset.prompt",
+        "is for SequenceClassification and Regression",
+        f"!has(self.dataset.prompt) || {_in(*_PAIRED)}",
+        lambda r: r.dataset.prompt is None or r.task in _PAIRED,
+    ),
+    Rule(
+        "dataset.prompt.verbalizers",
+        "is for SequenceClassification with one label",
+        f"!({_CLOZE}) || ({_in(Task.SEQUENCE_CLASSIFICATION)} && !has(self.dataset.multiLabel))",
+        lambda r: not _cloze(r) or (r.task is Task.SEQUENCE_CLASSIFICATION and r.dataset.multi_label is None),
+    ),
+    Rule(
+        "dataset.prompt.verbalizers",
+        "asks the model's own head; with model.pooling Mean there is another",
+        f"!({_CLOZE}) || self.model.pooling != '{Pooling.MEAN}'",
+        lambda r: not _cloze(r) or r.model.pooling is not Pooling.MEAN,
+    ),
+    Rule(
+        "hyperparameters.dropout.classifier",
+        "is for a classification head; with dataset.prompt.verbalizers there is none",
+        f"!({_CLOZE}) || !has(self.hyperparameters.dropout) || !has(self.hyperparameters.dropout.classifier)",
+        lambda r: not _cloze(r) or r.hyperparameters.dropout.classifier is None,
+    ),
     Rule(
         "dataset.labels",
         "is needed by SequenceClassification and TokenClassification, and by no other task",

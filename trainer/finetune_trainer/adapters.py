@@ -6,7 +6,7 @@ Their files in a checkpoint are peft's own. The pretrained weights are not in it
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_api.recipe import Lora
+from finetune_api.model_source import Lora
 from finetune_trainer.errors import TrainingFailure
 
 if TYPE_CHECKING:

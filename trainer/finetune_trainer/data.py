@@ -1,6 +1,6 @@
 """Plans the batches of an epoch and makes them. Pure: reading is done by tables.py and splits.py, tokenising by the tasks."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +31,19 @@ def plan(seed: int, epoch: int, batch_size: int, lengths: npt.NDArray[np.int64])
 
 
 def collate(encoded: Encoded, rows: npt.NDArray[np.int64], pad: int, device: "torch.device") -> "dict[str, torch.Tensor]":
-    """Tensors of one batch: input_ids, attention_mask and, of pairs, token_type_ids (rows, longest); labels (rows, ...)."""
+    """Tensors of one batch: input_ids, attention_mask and, of pairs, token_type_ids (rows, longest); or features (rows, width); and
+    labels (rows, ...)."""
     import torch
 
-    ids = encoded.ids.padded(rows, pad)
-    attended = np.arange(ids.shape[1]) < encoded.lengths[rows][:, None]
-    arrays = {"input_ids": ids, "attention_mask": attended.astype(np.int64)}
-    if encoded.types is not None:
-        arrays["token_type_ids"] = encoded.types.padded(rows, 0)
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    if encoded.features is not None:
+        arrays["features"] = encoded.features[rows]
+    else:
+        arrays["input_ids"] = encoded.ids.padded(rows, pad)
+        attended = np.arange(arrays["input_ids"].shape[1]) < encoded.ids.lengths[rows][:, None]
+        arrays["attention_mask"] = attended.astype(np.int64)
+        if encoded.types is not None:
+            arrays["token_type_ids"] = encoded.types.padded(rows, 0)
     by_token = isinstance(encoded.labels, Ragged)
     arrays["labels"] = encoded.labels.padded(rows, IGNORED) if by_token else encoded.labels[rows]
     return {name: torch.from_numpy(a).to(device, non_blocking=True) for name, a in arrays.items()}

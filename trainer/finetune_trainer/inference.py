@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from finetune_api.model_source import Pooling
 from finetune_api.names import MODEL_CARD_FILE
 from finetune_api.recipe import Dataset
 from finetune_api.tasks import Task
@@ -32,6 +33,7 @@ class Card:
     task: Task
     model: str
     dataset: Dataset
+    pooling: Pooling = Pooling.AUTO
 
     @classmethod
     def read(cls, folder: Path) -> "Card":
@@ -39,7 +41,8 @@ class Card:
         file = folder / MODEL_CARD_FILE
         try:
             card = json.loads(file.read_text(encoding="utf-8"))
-            return cls(Task(card["task"]), str(card["model"]), Dataset.model_validate(card["dataset"]))
+            dataset, pooling = Dataset.model_validate(card["dataset"]), Pooling(card.get("pooling", Pooling.AUTO))
+            return cls(Task(card["task"]), str(card["model"]), dataset, pooling)
         except FileNotFoundError as error:
             message = f"{folder}: there is no {file.name}; it is not a model of `finetune run`"
             raise TrainingFailure("ModelNotFound", message) from error
@@ -60,6 +63,7 @@ class Predictor:
     def __init__(self, trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", card: Card) -> None:
         self.model, self.tokenizer, self.card, self.kind = trained, tokenizer, card, card.kind
         self.device = next(trained.parameters()).device
+        self.kind.attach(trained, tokenizer)
 
     def predict(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
         """One answer per text, in order: label, labels or value with what they rest on, tags of words, or a completion.
@@ -131,7 +135,11 @@ def load(model_dir: Path, card: Card | None = None) -> Predictor:
     card = card or Card.read(model_dir)
     auto = getattr(transformers, card.kind.auto_class)
     try:
-        if (model_dir / adapters.CONFIG_FILE).is_file():
+        if card.pooling is Pooling.MEAN:
+            from finetune_trainer import pooling
+
+            trained = pooling.load(model_dir, pooling.load_encoder(model_dir))
+        elif (model_dir / adapters.CONFIG_FILE).is_file():
             with tempfile.TemporaryDirectory(prefix="finetune-model-") as scratch:
                 runtime = config.Runtime("predict", Path(scratch), **config.places())
                 base = model.fetch(card.model, runtime)

@@ -95,9 +95,10 @@ def check(model: "PreTrainedModel", hyperparameters: Hyperparameters) -> None:
         raise TrainingFailure("RecipeInvalid", "hyperparameters.freeze: nothing is left to train")
 
 
-def of_adapter(name: str) -> bool:
-    """Whether a parameter is one of an adapter (adapters.py), or of the copy of the head that trains with it."""
-    return ".lora_" in name or ".modules_to_save." in name
+def of_addition(name: str) -> bool:
+    """Whether a parameter belongs to what trains beside a model that does not: an adapter or the copy of the head that trains with it
+    (adapters.py), or the head on a frozen encoder (pooling.py)."""
+    return ".lora_" in name or ".modules_to_save." in name or name.startswith("linear_head.")
 
 
 def trainable(model: "PreTrainedModel", hyperparameters: Hyperparameters, epoch: int) -> dict[str, bool]:
@@ -110,11 +111,11 @@ def trainable(model: "PreTrainedModel", hyperparameters: Hyperparameters, epoch:
     if hyperparameters.unfreeze is not None:
         thawed = epoch // hyperparameters.unfreeze.every_epochs
         frozen = frozen[: max(0, len(frozen) - thawed)]
-    adapted = any(of_adapter(name) for name in found.depth)
+    added = any(of_addition(name) for name in found.depth)
     return {
         name: depth not in frozen
         and not any(fnmatchcase(name, pattern) for pattern in freeze.patterns)
-        and (not adapted or of_adapter(name))
+        and (not added or of_addition(name))
         for name, depth in found.depth.items()
     }
 

@@ -68,7 +68,7 @@ class Loop:
         if self.resumed is not None:
             self.state = snapshot.progress(self.resumed, words)
             self.checkpoints.best = self.state.best_checkpoint
-        precision = Precision(self.state.precision or resolve(self.hyper.precision, self.device))
+        precision = Precision(self.state.precision or resolve(self.recipe.precision, self.device))
         self.state.precision = precision.value
         self.gradient = Gradient(self.model, self.hyper, precision, self.kind, self.train_data, self.pad, self.group)
         if self.resumed is not None:

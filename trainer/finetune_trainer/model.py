@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_api.model_source import Pooling
 from finetune_api.recipe import Dropout, Recipe
 from finetune_api.tasks import Task
 from finetune_trainer import adapters, hub, shortcuts
@@ -109,48 +110,75 @@ def load_tokenizer(folder: Path, recipe: Recipe) -> "PreTrainedTokenizerBase":
 
 
 def build(
-    folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTokenizerBase", adapter: Path | None = None
+    folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTokenizerBase", trained: Path | None = None
 ) -> "PreTrainedModel":
-    """The model in fp32: pretrained body, stock head for the task; with model.lora its adapters, new or from the folder `adapter`.
+    """The model in fp32: pretrained body, stock head for the task; with model.lora its adapters, with model.pooling Mean its head, new or
+    from the folder `trained`.
 
     A checkpoint's head is kept when it says the same labels. Consumes the global RNG (a new head).
     """
     try:
+        if recipe.model.pooling is Pooling.MEAN:
+            return _mean_pooled(folder, recipe, kind, tokenizer, trained)
         model = _load(folder, recipe, kind, tokenizer)
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingFailure(
             "ModelNotFound", f"model.uri {recipe.model.uri}: it cannot be loaded: {_first_line(error)}"
         ) from error
+    kind.attach(model, tokenizer)
     if recipe.hyperparameters.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise TrainingFailure("RecipeInvalid", f"hyperparameters.gradientCheckpointing: {model.config.model_type} has none")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.model.lora is not None:
-        adapters.add(model, recipe.model.lora, recipe.model.uri, adapter)
+        adapters.add(model, recipe.model.lora, recipe.model.uri, trained)
     fields = [f for group in DROPOUT_FIELDS["attention"] for f in group]
     shortcuts.take(model, attention_dropout=any(getattr(model.config, f, None) for f in fields))
     return model
+
+
+def _config(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and recipe.dataset.max_length > limit:
+        raise TrainingFailure(
+            "RecipeInvalid", f"dataset.maxLength: {recipe.dataset.max_length} is more than the model's {limit} positions"
+        )
+    return config
+
+
+def _mean_pooled(
+    folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTokenizerBase", trained: Path | None
+) -> "PreTrainedModel":
+    from finetune_trainer import pooling
+
+    encoder = pooling.load_encoder(folder, config=_config(folder, recipe, tokenizer))
+    dropout = recipe.hyperparameters.dropout.classifier or 0.0
+    if trained is not None:
+        return pooling.load(trained, encoder, dropout)
+    return pooling.MeanPooled(encoder, pooling.Head(encoder.config.hidden_size, len(kind.labels) or 1, dropout))
 
 
 def _load(folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = _config(folder, recipe, tokenizer)
     keeps = kind.keeps_head(config)
     kind.configure(config)
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
     set_dropout(config, recipe.hyperparameters.dropout)
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and recipe.dataset.max_length > limit:
-        raise TrainingFailure(
-            "RecipeInvalid", f"dataset.maxLength: {recipe.dataset.max_length} is more than the model's {limit} positions"
-        )
     options = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32, "use_safetensors": True}
     auto = getattr(transformers, kind.auto_class)
     if keeps or not _has_head(config):
-        return auto.from_pretrained(folder, config=config, ignore_mismatched_sizes=True, **options)
+        model, found = auto.from_pretrained(
+            folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+        kind.check_head(found["missing_keys"])
+        return model
     # Its head says other labels: the body alone is taken over.
     model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     body = transformers.AutoModel.from_pretrained(folder, config=config, **options)

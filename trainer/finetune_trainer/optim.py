@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from finetune_api.model_source import Pooling
 from finetune_api.recipe import Hyperparameters, Recipe, Schedule, ScheduleType
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 DEFAULT_RATES = ((50_000_000, 2e-4), (200_000_000, 5e-5))
 LARGE_MODEL_RATE = 2e-5
+MEAN_POOLED_RATE = 1e-2
+"""For a linear head on standardised features (pooling.py)."""
 LORA_FACTOR = 10
 """Adapters start at zero and want a larger rate than weights (Hu et al., 2021; Schulman et al., 2025, measured a factor near ten)."""
 
@@ -28,6 +31,8 @@ def learning_rate(recipe: Recipe, parameters: int) -> float:
     """The peak rate: as given, else by method and number of parameters (small models need a larger one)."""
     if recipe.hyperparameters.learning_rate is not None:
         return recipe.hyperparameters.learning_rate
+    if recipe.model.pooling is Pooling.MEAN:
+        return MEAN_POOLED_RATE
     rate = next((rate for below, rate in DEFAULT_RATES if parameters < below), LARGE_MODEL_RATE)
     return rate * LORA_FACTOR if recipe.model.lora else rate
 

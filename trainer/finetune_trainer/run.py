@@ -6,6 +6,7 @@ The cheap checks come first, so that a wrong bucket or a wrong column is told in
 import io
 import json
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_api import Recipe, names
 from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, Result
+from finetune_api.model_source import Pooling
 from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
+from finetune_api.tasks import Task
 from finetune_trainer import adapters, model, token_cache, vocabulary
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
@@ -113,8 +116,7 @@ class Run:
         checkpoints.store.check(writable=True)
         restored = self._restore(checkpoints)
         saved = restored[1] / "model" if restored else None
-        # A checkpoint of adapters holds nothing else.
-        self.source = saved if saved and not recipe.model.lora else model.fetch(recipe.model.uri, self.runtime)
+        self.source = saved if saved and not recipe.model.partly_saved else model.fetch(recipe.model.uri, self.runtime)
         tokenizer = model.load_tokenizer(saved or self.source, recipe)
         encoded = token_cache.encode(splits, self.kind, tokenizer, scratch / "tokens", self.console.line)
         self._tell_truncation(encoded)
@@ -122,8 +124,11 @@ class Run:
         learner = model.build(self.source, recipe, self.kind, tokenizer, saved).to(self.group.device())
         if not self.group.leads:
             torch.manual_seed(recipe.hyperparameters.seed + self.group.rank)  # the same weights, other dropout
-        vocabulary.narrow(learner, recipe.hyperparameters, encoded["train"].ids.values, int(tokenizer.pad_token_id))
         self._may_go_on()
+        if recipe.model.pooling is Pooling.AUTO:
+            vocabulary.narrow(learner, recipe.hyperparameters, encoded["train"].ids.values, int(tokenizer.pad_token_id))
+        else:
+            encoded = self._features(learner, encoded, int(tokenizer.pad_token_id), new=saved is None)
         if self.group.leads:
             checkpoints.begin(restored[0].step if restored else 0)
             sweep(self.output, f"{names.MODEL_DIR}/", self.console.line)
@@ -178,6 +183,19 @@ class Run:
             self.console.line(
                 f"data: {cut} of {rows} texts reach dataset.maxLength ({self.recipe.dataset.max_length}) and are cut"
             )
+
+    def _features(self, learner: "PreTrainedModel", encoded: dict[str, Encoded], pad: int, *, new: bool) -> dict[str, Encoded]:
+        """What the frozen encoder makes of all splits, once; a new head is told the scale of the training data's."""
+        from finetune_trainer import pooling
+
+        began = time.monotonic()
+        made = pooling.with_features(learner, encoded, pad, self.group.device(), self.group, self._may_go_on)
+        if new:
+            numbers = made["train"].labels if self.recipe.task is Task.REGRESSION else None
+            learner.linear_head.standardise(made["train"].features, numbers)
+        rows, seconds = sum(len(split) for split in made.values()), time.monotonic() - began
+        self.console.line(f"features: the encoder has read {rows} texts in {seconds:.1f} s and is done")
+        return made
 
     def _loop(
         self,
@@ -256,7 +274,7 @@ class Run:
             )
         self.console.line(f"the best model is that of step {loop.state.best_step}; it is restored")
         found_model = folder / "model"
-        source = self.source if self.recipe.model.lora else found_model
+        source = self.source if self.recipe.model.partly_saved else found_model
         return model.build(source, self.recipe, self.kind, tokenizer, found_model).to(loop.device)
 
     def _publish(
@@ -278,6 +296,8 @@ class Run:
             trackers.scalars({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
         folder = self.runtime.workdir / "final"
         save_model(best, tokenizer, self.recipe, folder)
+        if self.recipe.model.pooling is Pooling.MEAN:
+            best.encoder.save_pretrained(folder, max_shard_size=ONE_FILE)
         # With output.overwrite another recipe's result is still there: a death in the upload must not leave it beside our model.
         self.output.delete(names.RESULT_FILE)
         upload_folder(folder, self.output, names.MODEL_DIR)
@@ -316,6 +336,8 @@ class Run:
             self.console.line(f"TensorBoard files were not uploaded: {error.message}")
 
 
+ONE_FILE = "1000GB"
+"""Of weights, whatever their size."""
 _OTHER = "change output.storageUri, or set output.overwrite: true to replace it"
 
 
@@ -327,16 +349,21 @@ def thin(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def save_model(trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, folder: Path) -> None:
-    """A stock model folder (from_pretrained loads it), or one with its adapters, with our card beside it."""
-    if getattr(trained, "peft_config", None):
+    """A stock model folder (from_pretrained loads it), or what trained beside one: its adapters, its head. With our card."""
+    if recipe.model.pooling is Pooling.MEAN:
+        from finetune_trainer import pooling
+
+        pooling.save_head(trained, folder)
+    elif getattr(trained, "peft_config", None):
         adapters.save(trained, folder)
     else:
         weights = vocabulary.whole_weights(trained, trained.state_dict())
-        trained.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")  # one file, whatever its size
+        trained.save_pretrained(folder, state_dict=weights, max_shard_size=ONE_FILE)
     tokenizer.save_pretrained(folder)
     card = {
         "task": recipe.task,
         "model": recipe.model.uri,
+        "pooling": recipe.model.pooling,
         "dataset": recipe.dataset.model_dump(mode="json", by_alias=True, exclude_none=True),
         "recipeDigest": recipe.digest(),
     }

@@ -1,4 +1,4 @@
-"""From files to examples, in the order of work: read, hold validation out, drop from train what would leak, check, tell.
+"""From files to examples, in the order of work: read, hold validation out, drop from train what would leak, take a few, tell.
 
 `read_splits` is that order; training and `finetune validate` both go through it. The splits are a pure function of files and recipe.
 """
@@ -18,6 +18,7 @@ from finetune_api.report import DataCounts
 from finetune_trainer import hub, tables
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.few_shot import few_shot
 from finetune_trainer.store import Missing, Store, is_plain
 from finetune_trainer.tables import BadRow
 from finetune_trainer.tasks import BadRowError, Examples, TaskKind, kind_of
@@ -40,9 +41,19 @@ def read_splits(recipe: Recipe, runtime: Runtime, log: Log) -> tuple[Splits, Dat
         splits = _held_out(splits, clusters, dataset, kind, recipe.hyperparameters.seed)
     splits, duplicates = _without_leaks(splits, kind, log)
     _check_labels(splits["train"], kind)
+    if dataset.few_shot is not None:
+        splits["train"] = _few(splits["train"], kind, dataset.few_shot.examples_per_class, recipe.hyperparameters.seed, log)
     _tell(splits, kind, dataset, log)
     counts = {split: len(examples) for split, examples in splits.items()}
     return splits, DataCounts(examples=counts, bad_rows=bad, duplicates=duplicates)
+
+
+def _few(examples: Examples, kind: TaskKind, k: int, seed: int, log: Log) -> Examples:
+    taken = few_shot(examples, k, seed)
+    there = {label: int((taken.labels == i).sum()) for label, i in kind.ids.items()}
+    if scarce := ", ".join(f"{label} has {count}" for label, count in there.items() if count < k):
+        log(f"data: dataset.fewShot: fewer than {k} examples, all are taken: {scarce}")
+    return taken
 
 
 # -------------------------------------------------------------------------------------------------------------- read ----

@@ -1,5 +1,6 @@
 """Paths, columns and tables of the command line, without a process."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,23 @@ def test_a_row_without_a_text_is_named_by_its_number(tmp_path: Path) -> None:
     assert "secret" not in error.value.message
     with pytest.raises(UserError, match=r"\.txt"):
         inference._texts_of(tmp_path / "rows.xlsx", CARD)
+
+
+def test_a_template_of_several_columns_needs_rows(tmp_path: Path) -> None:
+    dataset = {"uri": "file:///data", "labels": ["a", "b"], "prompt": {"template": "{title}: {body}"}}
+    card = {"task": "SequenceClassification", "model": "hf://a/b", "dataset": dataset}
+    (tmp_path / "finetune.json").write_text(json.dumps(card))
+
+    def predict(texts: list[str], text_column: str | None = None) -> None:
+        inference.predict(str(tmp_path), texts, file=None, text_column=text_column, as_json=True, s3_root=None)
+
+    with pytest.raises(UserError, match="the model reads title, body of a row: give a .csv or .jsonl file with --file"):
+        predict(["x"])
+    with pytest.raises(UserError, match="--text-column other: the model's template reads title, body"):
+        predict(["x"], "other")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"title": "a", "body": 3}\n')
+    assert inference._texts_of(rows, Card.read(tmp_path)) == [("a", "3")]
 
 
 def test_text_files_are_one_text_a_line(tmp_path: Path) -> None:

@@ -120,6 +120,19 @@ def test_two_processes_thaw_and_fight_as_one_does(recipe: dict[str, object], tmp
         torch.testing.assert_close(value, one.weights()[name], rtol=1e-3, atol=1e-5)
 
 
+def test_two_processes_pool_what_one_does(recipe: dict[str, object], tmp_path: Path) -> None:
+    """The encoder's work is shared out; the head trains on all of it."""
+    hyper = {"epochs": 2, "batchSize": 8}
+    changed = {**recipe, "model": {**recipe["model"], "pooling": "Mean"}, "hyperparameters": hyper}  # type: ignore[dict-item]
+    one, two = Training(changed, tmp_path / "1", 1), Training(changed, tmp_path / "2", 2)
+    one.run()
+    two.run()
+    assert two.losses() == pytest.approx(one.losses(), rel=1e-4)
+    heads = [load_file(training.output / "model/head.safetensors") for training in (one, two)]
+    for name, value in heads[0].items():
+        torch.testing.assert_close(value, heads[1][name], rtol=1e-3, atol=1e-5)
+
+
 def test_asked_to_end_all_end_and_go_on_together(recipe: dict[str, object], tmp_path: Path) -> None:
     long = {**recipe, "hyperparameters": {**recipe["hyperparameters"], "epochs": 200}}  # type: ignore[dict-item]
     several = Training(long, tmp_path, 2)

@@ -4,6 +4,7 @@ from finetune_api.recipe import Dataset
 from finetune_api.tasks import Task
 from finetune_trainer.tasks.base import IGNORED, BadRowError, Evaluated, Examples, TaskKind
 from finetune_trainer.tasks.classification import MultiLabelled, SingleLabel
+from finetune_trainer.tasks.cloze import Cloze
 from finetune_trainer.tasks.completion import Completion
 from finetune_trainer.tasks.encoded import Encoded, Ragged
 from finetune_trainer.tasks.regression import Regression
@@ -16,6 +17,8 @@ def kind_of(task: Task, dataset: Dataset) -> TaskKind:
     """The task with what the recipe says of its data."""
     if task is Task.SEQUENCE_CLASSIFICATION and dataset.multi_label is not None:
         return MultiLabelled(dataset)
+    if dataset.prompt is not None and dataset.prompt.verbalizers is not None:
+        return Cloze(dataset)
     classes: dict[Task, type[TaskKind]] = {
         Task.SEQUENCE_CLASSIFICATION: SingleLabel,
         Task.REGRESSION: Regression,

@@ -7,7 +7,7 @@ numbers for each row (`outputs`) out of which `score` makes the metrics.
 import math
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,10 +17,11 @@ import numpy.typing as npt
 from finetune_api.finetunejob import MetricValue
 from finetune_api.recipe import Dataset
 from finetune_trainer.tasks.encoded import Encoded, Ragged
+from finetune_trainer.tasks.template import Template
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label id of a token that has no label: PyTorch's cross entropy leaves it out."""
@@ -83,11 +84,14 @@ class TaskKind(ABC):
         self.dataset = dataset
         self.labels = dataset.labels or []
         self.ids = {label: i for i, label in enumerate(self.labels)}
+        self.template = Template.of(dataset.prompt) if dataset.prompt else None
 
     # -------------------------------------------------------------------------------------------------------- data -----
     @property
     def columns(self) -> tuple[str, ...]:
         """That every row must have."""
+        if self.template is not None:
+            return (*self.template.columns, self.dataset.label_column)
         pair = (self.dataset.text_pair_column,) if self.dataset.text_pair_column else ()
         return (self.dataset.text_column, *pair, self.dataset.label_column)
 
@@ -97,7 +101,10 @@ class TaskKind(ABC):
         return self.columns[:-1]
 
     def input(self, row: Row) -> Any:
-        """What the model reads. Raises BadRowError."""
+        """What the model reads: a text, or one for each of several columns. Raises BadRowError."""
+        if self.template is not None:
+            # In csv a number is text anyway.
+            row = {column: str(value) if type(value) in (int, float) else value for column, value in row.items()}
         texts = [text_of(row, column) for column in self.inputs]
         return texts[0] if len(texts) == 1 else tuple(texts)
 
@@ -123,6 +130,8 @@ class TaskKind(ABC):
 
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
         """Token ids of every row, at most max_length each."""
+        if self.template is not None:
+            return self.encode_template(examples, tokenizer, max_length)
         pairs = bool(self.dataset.text_pair_column)
         texts = [list(sides) for sides in zip(*examples.texts, strict=True)] if pairs else [list(examples.texts)]
         wanted = {"return_attention_mask": False, "return_token_type_ids": None if pairs else False}
@@ -132,6 +141,15 @@ class TaskKind(ABC):
         cut = int((ids.lengths >= max_length).sum())
         types = made.get("token_type_ids")
         return Encoded(ids, examples.labels, cut, None if types is None else Ragged.of(types))
+
+    def encode_template(
+        self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int, mask: str = ""
+    ) -> Encoded:
+        """Of rows with a text for each column of the template, or one text where it has one column."""
+        assert self.template is not None
+        rows = [[text] if isinstance(text, str) else text for text in examples.texts]
+        ids, cut = self.template.encode(rows, tokenizer, max_length, mask)
+        return Encoded(ids, examples.labels, cut)
 
     def weights(self, data: Encoded) -> Floats:
         """How much each row counts in the mean loss, shape (rows,)."""
@@ -150,6 +168,12 @@ class TaskKind(ABC):
         """Whether a checkpoint's head, if it has one for this task, says the same labels."""
         found = getattr(config, "id2label", None) or {}
         return [found[i] for i in sorted(found)] == self.labels
+
+    def check_head(self, missing: Collection[str]) -> None:  # noqa: B027  (most tasks mind no new head)
+        """Before a model is used some of whose weights were not in the checkpoint: they are new. Raises TrainingFailure."""
+
+    def attach(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: B027  (nor a model's insides)
+        """What the task must know of a model, and change in it, before its first forward pass. Raises TrainingFailure."""
 
     @abstractmethod
     def loss(self, logits: "torch.Tensor", labels: "torch.Tensor", smoothing: float) -> "torch.Tensor":

@@ -56,10 +56,13 @@ class Encoded:
     truncated: int
     types: Ragged | None = None
     """Which of two texts a token is of, for models that want to know."""
+    features: npt.NDArray[np.float32] | None = None
+    """What a frozen encoder makes of each row, (rows, width): read in place of the tokens where it is there."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        return self.ids.lengths
+        """Tokens of each row, for batches with little padding; features have one length."""
+        return self.ids.lengths if self.features is None else np.ones(len(self), dtype=np.int64)
