@@ -26,7 +26,7 @@ Finetune = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def execute(*arguments: object, env: Mapping[str, str] | None = None, stdin: str = "") -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [FINETUNE, *map(str, arguments)], env={**QUIET, **(env or {})}, input=stdin, capture_output=True, text=True, timeout=120
+        [FINETUNE, *map(str, arguments)], env={**QUIET, **(env or {})}, input=stdin, capture_output=True, text=True, timeout=400
     )
 
 
@@ -193,7 +193,7 @@ def start(place: Place, name: str) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         [FINETUNE, *place.arguments(file)], env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not list(place.bucket.glob(f"out/{name}/checkpoints/*/MANIFEST.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -225,7 +225,7 @@ def test_killed_with_everything_it_goes_on_from_its_checkpoint(place: Place) -> 
 def test_a_killed_trainer_is_told_as_such(place: Place) -> None:
     with start(place, "killed") as process:
         os.kill(trainer_of(process), signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 137
     assert "SIGKILL" in errors
     assert "run the same command again" in errors
@@ -240,7 +240,7 @@ def test_asked_to_stop_it_saves_first(place: Place, number: signal.Signals) -> N
             os.killpg(process.pid, number)  # as a terminal does
         else:
             process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 20, errors
     saved = max(int(m.parent.name.split("-")[1]) for m in place.bucket.glob(f"out/{name}/checkpoints/*/MANIFEST.json"))
     assert f"it goes on from step {saved}" in errors

@@ -199,7 +199,7 @@ def run_trainer(s3: S3Server, job: Job, **extra: str) -> tuple[int, EndReport]:
     """The trainer as a process, with nothing but its environment."""
     environment = job.environment() | s3.environment() | extra
     done = subprocess.run(
-        [sys.executable, "-m", "finetune_trainer"], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "finetune_trainer"], env=environment, capture_output=True, text=True, timeout=400
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, EndReport.model_validate_json((job.home / "termination-log").read_text())

@@ -87,7 +87,11 @@ def test_a_data_set_is_looked_up_in_the_mirror(job: Job, tmp_path: Path) -> None
     shutil.copytree(job.data, tmp_path / "mirror/org/feedback")
     job.dataset_mirror = str(tmp_path / "mirror/")
     assert len(read(job)["train"]) == 44
-    assert len(read(job, "hf://org/feedback@v1")["test"]) == 15
+    shutil.copytree(job.data, tmp_path / "mirror/org/feedback@v1")
+    (tmp_path / "mirror/org/feedback@v1/test.csv").write_text("text,label\ngood,positive\n")
+    assert len(read(job, "hf://org/feedback@v1")["test"]) == 1
+    with pytest.raises(TrainingFailure, match=r"has org/feedback/, which may be any revision, and not org/feedback@v2/"):
+        read(job, "hf://org/feedback@v2")
     with pytest.raises(
         TrainingFailure, match=r"dataset\.test: there is no tset\.csv in hf://org/feedback; it has test\.csv, train"
     ):
