@@ -334,7 +334,7 @@ def test_the_token_has_these_rights_and_no_others(cluster: Cluster, helm_binary:
 
 def wait_until_may(cluster: Cluster, kubeconfig: Path, verb: str, resource: str, *args: str) -> None:
     """The controller that aggregates roles takes a moment."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not may(cluster, kubeconfig, verb, resource, *args):
         assert time.monotonic() < deadline, f"still may not {verb} {resource}"
         time.sleep(0.2)

@@ -143,7 +143,7 @@ class Cluster:
         return self.kubectl("get", "crd", name, "-o", f"jsonpath={path}", check=False).stdout == "True"
 
     def kubectl(
-        self, *args: str, stdin: str | None = None, check: bool = True, timeout: float = 60
+        self, *args: str, stdin: str | None = None, check: bool = True, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
         """Runs kubectl as admin; with `check`, a failure raises ChildError that carries what kubectl said."""
         done = subprocess.run(
