@@ -20,7 +20,7 @@ from trainer_kit import LABELS, Job, make_model, merged
 from finetune_api.base import Model
 from finetune_api.recipe import Freeze, Hyperparameters, Recipe, Unfreeze
 from finetune_trainer import layers, model, optim
-from finetune_trainer.run import read_splits
+from finetune_trainer.splits import read_splits
 from finetune_trainer.tasks import Encoded, Examples, kind_of
 
 UNIT = Path(__file__).parents[1]
@@ -30,6 +30,7 @@ EVIDENCE: dict[str, str] = {
     # field: module::function below tests/unit/trainer (or folder/module below tests/unit)
     "task": "test_tasks::test_the_loss_is_the_stock_models_own",
     "model.uri": f"{HERE}::test_training_starts_from_the_model_that_is_named",
+    "model.pooling": "test_few_shot::test_the_result_is_the_encoder_as_it_was_and_a_head_that_has_learned",
     "model.lora": "test_tasks::test_adapters_learn_and_are_merged_into_a_stock_model",
     "model.lora.rank": f"{HERE}::test_an_adapter_is_what_its_fields_say",
     "model.lora.alpha": f"{HERE}::test_an_adapter_is_what_its_fields_say",
@@ -50,6 +51,15 @@ EVIDENCE: dict[str, str] = {
     "dataset.promptColumn": f"{HERE}::test_examples_are_read_from_where_the_recipe_says",
     "dataset.completionColumn": f"{HERE}::test_examples_are_read_from_where_the_recipe_says",
     "dataset.messagesColumn": f"{HERE}::test_examples_are_read_from_where_the_recipe_says",
+    "dataset.validationFraction": "test_splits::test_validation_is_held_out_of_train",
+    "dataset.splitGroupColumn": "test_splits::test_whole_customers_are_held_out",
+    "dataset.groupColumn": "test_splits::test_what_is_told_of_groups_is_bounded",
+    "dataset.maxBadRows": "test_splits::test_bad_rows_are_borne_up_to_a_number_over_all_files",
+    "dataset.fewShot": "test_few_shot::test_a_run_trains_on_the_sample_and_scores_on_everything",
+    "dataset.fewShot.examplesPerClass": "test_few_shot::test_a_run_trains_on_the_sample_and_scores_on_everything",
+    "dataset.prompt": "test_few_shot::test_training_and_prediction_read_the_same_text",
+    "dataset.prompt.template": "test_few_shot::test_training_and_prediction_read_the_same_text",
+    "dataset.prompt.verbalizers": "test_few_shot::test_a_masked_language_model_learns_to_fill_in_the_labels_word",
     "dataset.maxLength": f"{HERE}::test_no_text_is_longer_than_max_length",
     "hyperparameters.learningRate": f"{HERE}::test_the_first_step_is_as_long_as_the_rate_and_the_schedule_say",
     "hyperparameters.batchSize": f"{HERE}::test_steps_follow_from_batch_size_and_epochs",
