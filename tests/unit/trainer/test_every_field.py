@@ -21,7 +21,7 @@ from finetune_api.base import Model
 from finetune_api.recipe import Freeze, Hyperparameters, Recipe, Unfreeze
 from finetune_trainer import layers, model, optim
 from finetune_trainer.splits import read_splits
-from finetune_trainer.tasks import Encoded, Examples, kind_of
+from finetune_trainer.tasks import Encoded, Examples, Ragged, kind_of
 
 UNIT = Path(__file__).parents[1]
 HERE = "test_every_field"
@@ -240,7 +240,7 @@ def test_examples_are_read_from_where_the_recipe_says(job: Job, tmp_path: Path, 
         lines = [json.dumps(row) for row in (ROW, *others, *others)[: count + 1]]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     files = {"uri": f"file://{folder}", "train": "learn.jsonl", "validation": "judge.jsonl", "test": "prove.jsonl"}
-    splits = read_splits(job.recipe(**merged({"dataset": files}, changes)), job.runtime())
+    splits, _ = read_splits(job.recipe(**merged({"dataset": files}, changes)), job.runtime(), lambda _: None)
     assert {name: len(split) for name, split in splits.items()} == {"train": 4, "validation": 3, "test": 2}
     assert splits["train"].texts[0] == text
     assert np.array_equal(np.asarray(splits["train"].labels[0]), np.asarray(label))
@@ -271,7 +271,7 @@ def test_a_label_is_predicted_from_its_threshold_on(job: Job) -> None:
     for threshold in (0.2, 0.5, 0.8):
         recipe = job.recipe(dataset={"multiLabel": {"threshold": threshold}})
         kind = kind_of(recipe.task, recipe.dataset)
-        data = Encoded([[2, 3]], np.array([[1, 0, 0]], dtype=np.float32), 0)
+        data = Encoded(Ragged.of([[2, 3]]), np.array([[1, 0, 0]], dtype=np.float32), 0)
         found[threshold] = (kind.answer(outputs, data, ["x"])[0]["labels"], kind.score(outputs, data).values["accuracy"])
     assert found == {0.2: (["negative", "neutral"], 0), 0.5: (["negative"], 1), 0.8: ([], 0)}
 
