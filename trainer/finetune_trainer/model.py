@@ -46,6 +46,15 @@ DROPOUT_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
+def make_deterministic() -> None:
+    """Of this process, from here on: operations that give the same bits each time, or an error where a GPU has none (RuntimeError)."""
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first product is computed
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def fetch(uri: str, runtime: Runtime) -> Path:
     """A local folder with the model's files. Raises TrainingFailure(ModelNotFound)."""
     scheme, _, rest = uri.partition("://")

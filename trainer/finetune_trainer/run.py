@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune_trainer.loop import Loop
+    from finetune_trainer.sharding import Weights
     from finetune_trainer.tasks import Evaluated
 
 
@@ -51,7 +52,7 @@ class Run:
         """Trains, or finds that it is done already. Raises TrainingFailure."""
         self.output = open_store(self.recipe.output.storage_uri, self.runtime.s3_root)
         self.output.check(writable=True)
-        self.group = Group.join()
+        self.group = Group.join(self.recipe.hyperparameters.strategy)
         if not self.group.leads:
             self._follow()
         done = self._already_done() if self.group.leads else None
@@ -107,6 +108,8 @@ class Run:
         import torch
 
         recipe, scratch = self.recipe, self.runtime.workdir
+        if recipe.hyperparameters.deterministic:
+            model.make_deterministic()
         checkpoints = Checkpoints(
             open_store(recipe.checkpoint_uri, self.runtime.s3_root),
             scratch / "checkpoints",
@@ -124,7 +127,7 @@ class Run:
         encoded = {s: self.kind.encode(examples, tokenizer, recipe.dataset.max_length) for s, examples in splits.items()}
         self._tell_truncation(encoded)
         torch.manual_seed(recipe.hyperparameters.seed)
-        learner = model.build(self.source, recipe, self.kind, tokenizer, saved).to(self.group.device())
+        learner = model.build(self.source, recipe, self.kind, tokenizer, saved)
         if not self.group.leads:
             torch.manual_seed(recipe.hyperparameters.seed + self.group.rank)  # the same weights, other dropout
         self._may_go_on()
@@ -135,8 +138,6 @@ class Run:
         loop = self._loop(learner, tokenizer, encoded, checkpoints, events, poster, restored)
         try:
             loop.train()
-            if not self.group.leads:
-                return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
             best = self._best(loop, checkpoints, tokenizer)
             return self._publish(best, loop, encoded, tokenizer, events)
         finally:
@@ -148,14 +149,14 @@ class Run:
         """The newest checkpoint that verifies, the same one at every process."""
         restored = checkpoints.restore() if self.group.leads else None
         chosen = self.group.tell(restored[0].name if restored else None)
-        if self.group.leads or chosen is None:
-            return restored
-        checkpoint = next((c for c in checkpoints.committed() if c.name == chosen), None)
+        return restored if self.group.leads or chosen is None else self._fetch(checkpoints, chosen)
+
+    def _fetch(self, checkpoints: Checkpoints, name: str) -> tuple[Checkpoint, Path]:
+        checkpoint = next((c for c in checkpoints.committed() if c.name == name), None)
         folder = checkpoints.fetch(checkpoint) if checkpoint else None
         if checkpoint is None or folder is None:
-            raise TrainingFailure(
-                "CheckpointCorrupt", f"{checkpoints.store.uri}/{chosen} cannot be read by process {self.group.rank}"
-            )
+            where = f"{checkpoints.store.uri}/{name}"
+            raise TrainingFailure("CheckpointCorrupt", f"{where} cannot be read by process {self.group.rank}")
         return checkpoint, folder
 
     def _tell_truncation(self, encoded: dict[str, Encoded]) -> None:
@@ -214,7 +215,7 @@ class Run:
             validation_data=encoded["validation"],
             pad=int(tokenizer.pad_token_id),
             checkpoints=checkpoints,
-            save_model=lambda m, folder: save_model(m, tokenizer, self.recipe, folder),
+            save_model=lambda m, folder, weights: save_model(m, tokenizer, self.recipe, folder, weights),
             stopping=self.stopping,
             on_step=on_step,
             on_evaluation=on_evaluation,
@@ -230,20 +231,15 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------- score, publish ----
     def _best(self, loop: "Loop", checkpoints: Checkpoints, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
-        """The model of the best evaluation: the one in memory, or the one in its checkpoint."""
+        """The model of the best evaluation: the one in memory, or the one in its checkpoint. At every process: all score it."""
         if loop.state.best_step in (None, loop.state.step):
             return loop.model
-        found = next((c for c in checkpoints.committed() if c.name == loop.state.best_checkpoint), None)
-        folder = checkpoints.fetch(found) if found else None
-        if folder is None:
-            raise TrainingFailure(
-                "CheckpointCorrupt",
-                f"the checkpoint of the best model, {checkpoints.store.uri}/{loop.state.best_checkpoint}, cannot be read",
-            )
+        # Told by the leader, which has waited until it is committed.
+        name = self.group.tell(loop.state.best_checkpoint)
+        found = self._fetch(checkpoints, name)[1] / "model"
         self.console.line(f"the best model is that of step {loop.state.best_step}; it is restored")
-        found_model = folder / "model"
-        source = self.source if self.recipe.model.lora else found_model
-        return model.build(source, self.recipe, self.kind, tokenizer, found_model).to(loop.device)
+        source = self.source if self.recipe.model.lora else found
+        return loop.place(model.build(source, self.recipe, self.kind, tokenizer, found))
 
     def _publish(
         self,
@@ -253,17 +249,20 @@ class Run:
         tokenizer: "PreTrainedTokenizerBase",
         events: EventFiles,
     ) -> EndReport:
-        """Scores the best model, test data included, and writes model/ and then result.json."""
-        from finetune_trainer.evaluation import evaluate
+        """Scores the best model, test data included; the leader writes model/ and then result.json."""
+        from finetune_trainer import sharding
 
         if self.recipe.model.lora and self.recipe.model.lora.merge:
             adapters.merge(best)
-        scores = {s: evaluate(best, self.kind, e, loop.pad, loop.device) for s, e in encoded.items() if s != "train"}
+        scores = {s: loop.scores(best, e) for s, e in encoded.items() if s != "train"}
+        weights = sharding.weights(best, self.group)
+        if not self.group.leads:
+            return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
         metrics: list[MetricValue] = [m for split, score in scores.items() for m in score.named(split)]
         for split, score in scores.items():
             events.add({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
         folder = self.runtime.workdir / "final"
-        save_model(best, tokenizer, self.recipe, folder)
+        save_model(best, tokenizer, self.recipe, folder, weights)
         # With output.overwrite another recipe's result is still there: a death in the upload must not leave it beside our model.
         self.output.delete(names.RESULT_FILE)
         upload_folder(folder, self.output, names.MODEL_DIR)
@@ -280,6 +279,8 @@ class Run:
                 "device": loop.device.type,
                 "precision": loop.state.precision,
                 "processes": self.group.size,
+                "strategy": self.group.strategy,
+                "microBatchSize": loop.fit.at_once,
             },
             evaluations=[Evaluation.model_validate(e) for e in loop.state.evaluations],
             per_class={split: score.per_class for split, score in scores.items() if score.per_class},
@@ -338,12 +339,22 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> dict[str, Examples]:
     return splits
 
 
-def save_model(trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, folder: Path) -> None:
-    """A stock model folder (from_pretrained loads it), or one with its adapters, with our card beside it."""
+def save_model(
+    trained: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    recipe: Recipe,
+    folder: Path,
+    weights: "Weights | None" = None,
+) -> None:
+    """A stock model folder (from_pretrained loads it), or one with its adapters, with our card beside it.
+
+    `weights` are those of a model that has but a part of them itself.
+    """
     if getattr(trained, "peft_config", None):
         adapters.save(trained, folder)
     else:
-        trained.save_pretrained(folder, max_shard_size="1000GB")  # one file of weights, whatever their size
+        # One file of weights, whatever their size.
+        trained.save_pretrained(folder, max_shard_size="1000GB", state_dict=weights)
     tokenizer.save_pretrained(folder)
     card = {
         "task": recipe.task,
