@@ -59,7 +59,7 @@ def main() -> int:
         traceback.print_exc()
         end = _unexpected(error)
     # Of several processes in one pod the first one speaks; another one only where it fails.
-    if end.outcome is Outcome.FAILED or os.environ.get("LOCAL_RANK", "0") == "0":
+    if (end.outcome is Outcome.FAILED or os.environ.get("LOCAL_RANK", "0") == "0") and not _follows(runtime, end):
         write_end(runtime, end)
     if end.outcome in (Outcome.COMPLETE, Outcome.ALREADY_COMPLETED):
         return 0
@@ -67,11 +67,26 @@ def main() -> int:
     return BY_REASON[end.reason].exit_code or 1
 
 
+def _follows(runtime: config.Runtime, end: EndReport) -> bool:
+    """Whether this is but what becomes of a process when another one has failed: that one has said why before it went away."""
+    log = runtime.termination_log
+    said = log is not None and log.is_file() and log.stat().st_size > 0
+    return said and end.reason == "UserCodeError" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+
+
 def _unexpected(error: Exception) -> EndReport:
     # By name: importing torch here would cost seconds in runs that end before it is needed.
     if type(error).__name__ in ("OutOfMemoryError", "CudaOutOfMemoryError"):
-        message = "the accelerator's memory is too small: lower hyperparameters.batchSize or dataset.maxLength"
+        # Not in a pass over examples, which are fewer then (memory.py): weights, gradients and the optimizer's state do not fit.
+        message = (
+            "the accelerator's memory does not hold the model with its gradients and the optimizer's state: freeze layers, set "
+            "model.lora, or share the model among GPUs with hyperparameters.strategy FSDP"
+        )
         return EndReport(outcome=Outcome.FAILED, reason="CudaOutOfMemory", message=message)
+    if "deterministic" in (said := str(error)) and "implementation" in said:
+        # Torch's own sentence, which names the operation.
+        message = f"hyperparameters.deterministic: {said.partition(',')[0]}: set it to false"
+        return EndReport(outcome=Outcome.FAILED, reason="RecipeInvalid", message=message)
     # The error's text may hold text of the data; its type does not.
     return EndReport(outcome=Outcome.FAILED, reason="UserCodeError", message=f"unexpected {type(error).__name__}; see the log")
 

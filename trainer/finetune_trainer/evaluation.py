@@ -50,9 +50,9 @@ def outputs(
             try:
                 values = kind.outputs(model(**batch, **kind.options).logits, labels).float().cpu()
             except torch.OutOfMemoryError:
-                if group.sharded or at_once == 1:
+                if group.sharded or len(rows) <= 1:
                     raise
-                at_once //= 2
+                at_once = len(rows) // 2
                 continue
             out[torch.from_numpy(rows), : values.shape[1]] = values[: len(rows)]
             done += at_once
