@@ -352,6 +352,14 @@ class Precision(StrEnum):
     FP16 = "FP16"
 
 
+class Strategy(StrEnum):
+    """How several processes share a model."""
+
+    AUTO = "Auto"
+    DDP = "DDP"
+    FSDP = "FSDP"
+
+
 class EarlyStopping(Model):
     """Ends training when the metric evaluation.bestMetric no longer improves."""
 
@@ -369,6 +377,10 @@ class Hyperparameters(Model):
     as much; with model.pooling Mean 1e-2. The value used is in result.json."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
     """Examples per optimizer step, over all processes."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Examples that a process computes at once, at most; a step is cut into as many passes as that takes, and its gradient stays that of
+    the whole batch. Default: all of the process's share. Where the GPU's memory does not hold them, half as many are tried, down to
+    one; the number in use is in result.json."""
     epochs: Annotated[int, Field(ge=1, le=10000)] = 3
     """Passes over the training data, at most."""
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
@@ -392,6 +404,15 @@ class Hyperparameters(Model):
     hardware has instructions for it, FP16 on older GPUs, FP32 elsewhere; the one used is in result.json."""
     gradient_checkpointing: bool = False
     """Computes activations again in the backward pass: less memory, about a third more time."""
+    strategy: Strategy = Strategy.AUTO
+    """How several processes share the model; with one process there is nothing to share. DDP: each has all of it. FSDP: weights, gradients
+    and optimizer state are cut up among them, for models that do not fit one GPU. Auto is DDP."""
+    compile: bool = False
+    """Compiles the model for training (torch.compile): faster after some minutes at the start, for long runs. Needs a C compiler in the
+    image, which ours has not. A resume then agrees within rounding and not bit for bit."""
+    deterministic: bool = False
+    """On a GPU: takes only operations that give the same bits each time, so that a resume is bit for bit the run that was never
+    interrupted. Costs some speed. CPUs do that anyway."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm when theirs is larger."""
     dropout: Dropout = Dropout()
@@ -410,7 +431,24 @@ class Hyperparameters(Model):
             ".unfreeze",
         ),
         Cel("!has(self.adversarial) || !self.freeze.embeddings", "adversarial needs the embeddings to train", ".adversarial"),
+        Cel(
+            "!has(self.microBatchSize) || self.microBatchSize <= self.batchSize",
+            "microBatchSize must not be more than batchSize",
+            ".microBatchSize",
+        ),
+        Cel(
+            "self.strategy != 'FSDP' || self.precision != 'FP16'",
+            "strategy FSDP computes in BF16 or FP32, not in FP16",
+            ".strategy",
+        ),
+        Cel(
+            "!(self.compile && self.deterministic)",
+            "compile cannot give the same bits each time: set compile or deterministic, not both",
+            ".compile",
+        ),
     )
+    rounding: ClassVar[set[str]] = {"micro_batch_size", "strategy", "compile", "deterministic"}
+    """Decide how the same weights are computed, up to rounding: a training goes on when they change."""
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -418,6 +456,12 @@ class Hyperparameters(Model):
             raise ValueError("unfreeze: unfreeze needs freeze.layers or freeze.embeddings")
         if self.adversarial and self.freeze.embeddings:
             raise ValueError("adversarial: adversarial needs the embeddings to train")
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError("microBatchSize: microBatchSize must not be more than batchSize")
+        if self.strategy is Strategy.FSDP and self.precision is Precision.FP16:
+            raise ValueError("strategy: strategy FSDP computes in BF16 or FP32, not in FP16")
+        if self.compile and self.deterministic:
+            raise ValueError("compile: compile cannot give the same bits each time: set compile or deterministic, not both")
         return self
 
 
@@ -516,7 +560,8 @@ class Recipe(Model):
         return self.checkpoint.storage_uri or f"{self.output.storage_uri.rstrip('/')}/{CHECKPOINTS_DIR}"
 
     def digest(self) -> str:
-        """sha256 (hex) of what decides the trained weights; where things are saved is not part of it."""
-        what = self.model_dump(mode="json", by_alias=True, include={"task", "model", "dataset", "hyperparameters", "evaluation"})
+        """sha256 (hex) of what decides the trained weights; where things are saved, and what only rounds otherwise, is not part of it."""
+        parts = {"task", "model", "dataset", "hyperparameters", "evaluation"}
+        what = self.model_dump(mode="json", by_alias=True, include=parts, exclude={"hyperparameters": Hyperparameters.rounding})
         what["dataset"]["validation"] = self.dataset.validation_file  # whether the default is written out or not
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

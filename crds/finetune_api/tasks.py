@@ -132,6 +132,12 @@ _FROZEN_RULES: tuple[Rule, ...] = (
         "self.hyperparameters.precision in ['Auto', 'FP32']",
         lambda r: r.hyperparameters.precision in ("Auto", "FP32"),
     ),
+    _encoder_rule(
+        "hyperparameters.strategy",
+        "self.hyperparameters.strategy != 'FSDP'",
+        lambda r: r.hyperparameters.strategy != "FSDP",
+    ),
+    _encoder_rule("hyperparameters.compile", "!self.hyperparameters.compile", lambda r: not r.hyperparameters.compile),
     *(
         _encoder_rule(
             f"hyperparameters.dropout.{role}",
@@ -222,6 +228,12 @@ RULES: tuple[Rule, ...] = (
         "needs the embeddings to train; with model.lora they do not",
         "!has(self.model.lora) || !has(self.hyperparameters.adversarial)",
         lambda r: r.model.lora is None or r.hyperparameters.adversarial is None,
+    ),
+    Rule(
+        "hyperparameters.strategy",
+        "FSDP does not go with model.lora",
+        "!has(self.model.lora) || self.hyperparameters.strategy != 'FSDP'",
+        lambda r: r.model.lora is None or r.hyperparameters.strategy != "FSDP",
     ),
     *(_metric_rule(task, metrics) for task, metrics in METRICS.items()),
     Rule(

@@ -6,6 +6,7 @@ Layout below the checkpoint uri (every model/ loads with from_pretrained; tensor
     step-00000480-0002/model/...         weights, config, tokenizer
     step-00000480-0002/trainer/...       optimizer, random state, progress
     step-00000480-0002/MANIFEST.json     written last, if absent: without it the step does not exist
+    micro-batch.json                     {"rows": 8}: an execution was out of memory with 16 at once (memory.py)
 
 A reader takes the newest step whose every file matches the manifest's size and sha256, and falls back to older ones. An execution
 that was only thought dead may go on writing: its steps beyond the point where a newer execution started are ignored.
@@ -31,6 +32,7 @@ from finetune_trainer.store import Missing, Store, is_plain, sweep
 MANIFEST = "MANIFEST.json"
 _STEP = re.compile(r"(step-[0-9]+-([0-9]+))/.+")
 _EXECUTION = re.compile(r"executions/([0-9]+)\.json")
+MICRO_BATCH = "micro-batch.json"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,18 @@ class Checkpoints:
                 return None
         return folder
 
+    def micro_batch(self) -> int | None:
+        """How many rows at once this recipe's executions are to try, where one was out of memory."""
+        try:
+            told = self._json(MICRO_BATCH)
+            if told["recipe"] == self.digest and int(told["rows"]) >= 1:
+                return int(told["rows"])
+        except Missing:
+            pass
+        except (ValueError, KeyError, TypeError):
+            self.log(f"{MICRO_BATCH} is not used: it is not one of ours")
+        return None
+
     def _json(self, key: str) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(self.store.get(key))
         return value
@@ -172,6 +186,10 @@ class Checkpoints:
     def origin(self) -> str:
         """The id of the first execution at this place: a training that begins anew after its output was deleted has another."""
         return str(self._json("executions/0001.json").get("id", ""))
+
+    def tell_micro_batch(self, rows: int) -> None:
+        """For the executions after this one; any process may say it."""
+        self.store.put(MICRO_BATCH, json.dumps({"rows": rows, "recipe": self.digest}).encode())
 
     def name(self, step: int) -> str:
         """Folder of this execution's checkpoint at this step."""

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune_api.recipe import Strategy
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,9 +24,11 @@ class Group:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    sharded: bool = False
+    """Whether each process holds a part of the model (sharding.py) and not all of it: then a forward pass needs them all."""
 
     @classmethod
-    def join(cls, env: Mapping[str, str] = os.environ) -> "Group":
+    def join(cls, strategy: Strategy = Strategy.AUTO, env: Mapping[str, str] = os.environ) -> "Group":
         """Waits for the other processes. Without torchrun's variables there are none."""
         size = int(env.get("WORLD_SIZE", "1"))
         if size == 1:
@@ -32,8 +36,11 @@ class Group:
         import torch
         from torch import distributed
 
+        group = cls(int(env["RANK"]), size, int(env.get("LOCAL_RANK", "0")), strategy is Strategy.FSDP)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(group.device())
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return cls(int(env["RANK"]), size, int(env.get("LOCAL_RANK", "0")))
+        return group
 
     def leave(self) -> None:
         """Without waiting for the others."""
@@ -57,14 +64,26 @@ class Group:
         """This process's part of a global batch; empty where there are fewer rows than processes."""
         return rows[self.rank :: self.size]
 
+    def most(self, rows: int) -> int:
+        """The size of the largest share of so many rows."""
+        return -(-rows // self.size)
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """How the model is shared; None where there is one process."""
+        if self.size == 1:
+            return None
+        return Strategy.FSDP if self.sharded else Strategy.DDP
+
     def wrap(self, model: "torch.nn.Module") -> "torch.nn.Module":
         """The model to call in training: its gradients are the mean over all processes."""
-        if self.size == 1:
+        if self.strategy is not Strategy.DDP:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
-        # The set of used parameters does not change, but not every architecture uses all of them.
-        return DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
+        # Not every architecture uses all of its parameters. A static graph would do as well, but its first step after a resume adds up in
+        # another order than later ones: with three processes or more the weights would no longer agree bit for bit.
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
 
     def sum(self, values: "torch.Tensor") -> "torch.Tensor":
         """In place: the sum over all processes."""

@@ -14,19 +14,29 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BATCH_SIZE = 64
+AT_ONCE = 64
+"""Rows."""
 
 
 def outputs(
-    model: "PreTrainedModel", kind: TaskKind, encoded: Encoded, pad: int, device: "torch.device", group: Group = ALONE
+    model: "PreTrainedModel",
+    kind: TaskKind,
+    encoded: Encoded,
+    pad: int,
+    device: "torch.device",
+    group: Group = ALONE,
+    at_once: int = AT_ONCE,
 ) -> Floats:
     """What the task keeps of each row's answer, (rows, width), in row order. Leaves the model in eval mode."""
+    from finetune_trainer import sharding
 
     def answer(batch: "dict[str, torch.Tensor]", labels: "torch.Tensor") -> "torch.Tensor":
         return kind.outputs(model(**batch, **kind.options).logits, labels)
 
     model.eval()
-    return by_row(answer, kind.width(encoded), encoded, pad, device, group)
+    out = by_row(answer, kind.width(encoded), encoded, pad, device, group, at_once)
+    sharding.close(model, group)
+    return out
 
 
 def by_row(
@@ -36,27 +46,46 @@ def by_row(
     pad: int,
     device: "torch.device",
     group: Group = ALONE,
+    at_once: int = AT_ONCE,
 ) -> Floats:
-    """answer(batch, labels) of all rows, (rows, width), in row order; batches are formed by length and shared out."""
+    """answer(batch, labels) of all rows, (rows, width), in row order; batches are formed by length and shared out.
+
+    Out of memory, it goes on with half as many rows at once; not where other processes wait for this very pass (torch.OutOfMemoryError).
+    """
     import torch
 
     if not len(encoded):
         raise ValueError("there is nothing to evaluate")
     mine = group.share(np.argsort(encoded.lengths, kind="stable"))
     out = torch.zeros(len(encoded), width)
+    done = 0
     with torch.inference_mode():
-        for start in range(0, len(mine), BATCH_SIZE):
-            rows = mine[start : start + BATCH_SIZE]
-            batch = collate(encoded, rows, pad, device)
+        while done < group.most(len(encoded)):
+            rows = mine[done : done + at_once]
+            # As many passes at every process: one that has no more rows takes part with any.
+            batch = collate(encoded, rows if len(rows) else np.array([0]), pad, device)
             labels = batch.pop("labels")
-            values = answer(batch, labels).float().cpu()
-            out[torch.from_numpy(rows), : values.shape[1]] = values
+            try:
+                values = answer(batch, labels).float().cpu()
+            except torch.OutOfMemoryError:
+                if group.sharded or len(rows) <= 1:
+                    raise
+                at_once = len(rows) // 2
+                continue
+            out[torch.from_numpy(rows), : values.shape[1]] = values[: len(rows)]
+            done += at_once
     # Each row is one process's, and 0 at the others.
     return group.sum(out).numpy().astype(np.float64)
 
 
 def evaluate(
-    model: "PreTrainedModel", kind: TaskKind, encoded: Encoded, pad: int, device: "torch.device", group: Group = ALONE
+    model: "PreTrainedModel",
+    kind: TaskKind,
+    encoded: Encoded,
+    pad: int,
+    device: "torch.device",
+    group: Group = ALONE,
+    at_once: int = AT_ONCE,
 ) -> Evaluated:
     """Metrics of the model on a split."""
-    return kind.score(outputs(model, kind, encoded, pad, device, group), encoded)
+    return kind.score(outputs(model, kind, encoded, pad, device, group, at_once), encoded)

@@ -1,4 +1,7 @@
-"""The gradient of one global batch: forward, loss, backward, in the precision that the recipe asks for and the hardware gains from."""
+"""The gradient of one global batch: forward, loss, backward, in the precision that the recipe asks for and the hardware gains from.
+
+A batch may be cut into micro-batches (feed.py): what each adds is a sum over a denominator that is the whole batch's.
+"""
 
 import contextlib
 from typing import TYPE_CHECKING, Any
@@ -6,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune_api.recipe import Adversarial, Hyperparameters, Precision
-from finetune_trainer.data import collate
+from finetune_trainer import compiling
 from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.feed import Feed, MicroBatch
 from finetune_trainer.tasks import Encoded, TaskKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 def resolve(precision: Precision, device: torch.device) -> Precision:
@@ -41,40 +45,52 @@ class Gradient:
         pad: int,
         group: Group,
     ) -> None:
-        self.model, self.hyper, self.pad, self.group = model, hyperparameters, pad, group
-        self.kind, self.data, self.weights = kind, data, kind.weights(data)
+        self.model, self.hyper, self.group = model, hyperparameters, group
+        self.kind, self.weights = kind, kind.weights(data)
         self.device = next(model.parameters()).device
-        self.dtype = _DTYPES.get(precision)
+        self.dtype = DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is Precision.FP16)
-        self.wrapped: Any = model
+        self.feed = Feed(data, pad, self.device, group)
+        self.bare: Any = compiling.compiled(model, self.device) if hyperparameters.compile else model
+        self.wrapped: Any = self.bare
 
     def wrap(self) -> None:
         """Before the first batch, and whenever other parameters train."""
         self.wrapped = None  # the one before ends before the next begins: both would answer the same gradients
-        self.wrapped = self.group.wrap(self.model)
+        self.wrapped = self.group.wrap(self.bare)
 
-    def __call__(self, rows: Any) -> torch.Tensor:
-        """This process's part of the global batch's mean loss, shape ()."""
-        loss = self._backward(rows)
-        if self.hyper.adversarial is not None:
-            self._adversarial(rows, self.hyper.adversarial)
+    def __call__(self, rows: Any, at_once: int | None = None, following: Any = None) -> torch.Tensor:
+        """This process's part of the global batch's mean loss, shape (); computed in passes of at most `at_once` rows (None: all).
+
+        `following` are the rows that come next, which an accelerator gets while it computes these.
+        """
+        batches = self.feed(rows, at_once or len(rows))
+        denominator = max(1.0, float(self.weights[rows].sum()))
+        with compiling.explained() if self.hyper.compile else contextlib.nullcontext():
+            loss = self._accumulate(batches, denominator)
+            if self.hyper.adversarial is not None:
+                self._adversarial(batches, denominator, self.hyper.adversarial)
+        self.feed.prepare(following, at_once or len(rows))
         return loss
 
-    def _backward(self, rows: Any) -> torch.Tensor:
-        mine = self.group.share(rows)
-        batch = collate(self.data, mine if len(mine) else rows[:1], self.pad, self.device)
-        labels = batch.pop("labels")
+    def _accumulate(self, batches: list[MicroBatch], denominator: float) -> torch.Tensor:
+        """Only with the last one do the processes exchange what they have; sharded ones always do, as none has room for all gradients."""
+        *first, last = batches
+        losses = [self._backward(self.bare, batch, denominator) for batch in first]
+        return torch.stack([*losses, self._backward(self.wrapped, last, denominator)]).sum()
+
+    def _backward(self, model: Any, batch: MicroBatch, denominator: float) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext():
-            logits = self.wrapped(**batch, **self.kind.options).logits
+            logits = model(**batch.inputs, **self.kind.options).logits
         # Summed loss over a global denominator: the gradient does not depend on how a batch is cut up. Without a row of its own a
         # process takes part with one that counts nothing.
-        summed = self.kind.loss(logits, labels, self.hyper.label_smoothing)
-        loss = summed * (len(mine) > 0) / max(1.0, float(self.weights[rows].sum()))
+        summed = self.kind.loss(logits, batch.labels, self.hyper.label_smoothing)
+        loss = summed * batch.counts / denominator
         # What comes back is a mean over the processes.
         self.scaler.scale(loss * self.group.size).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _adversarial(self, rows: Any, adversarial: Adversarial) -> None:
+    def _adversarial(self, batches: list[MicroBatch], denominator: float, adversarial: Adversarial) -> None:
         """FGM (Miyato et al., 2017): the gradient at the word embeddings moved along theirs is added."""
         words = self.model.get_input_embeddings().weight
         if words.grad is None:
@@ -86,6 +102,8 @@ class Gradient:
         with torch.no_grad():
             # A gradient of zero or one that overflowed moves nothing; the step itself judges it.
             words.add_(torch.nan_to_num(words.grad * (adversarial.epsilon / norm), 0.0, 0.0, 0.0))
-        self._backward(rows)
-        with torch.no_grad():
-            words.copy_(kept)
+        try:
+            self._accumulate(batches, denominator)
+        finally:
+            with torch.no_grad():
+                words.copy_(kept)

@@ -3,27 +3,31 @@
 A run that is cut off anywhere and goes on from a checkpoint does the same arithmetic as one that was never cut off: batches are a
 pure function of (seed, epoch), the learning rate is one of the step, and dropout's random state is part of the checkpoint.
 
-Several processes (dist.py) share each global batch out; every process takes the same step with the same gradient.
+Several processes (dist.py) share each global batch out; every process takes the same step with the same gradient. What it means for
+the training is with others: the gradient (gradient.py), how much fits at once (memory.py), an evaluation (selection.py).
 """
 
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune_api import Recipe
-from finetune_api.recipe import Precision, ScheduleType
-from finetune_trainer import layers, optim, snapshot, vocabulary
+from finetune_api.recipe import Precision
+from finetune_trainer import layers, optim, selection, sharding, snapshot, vocabulary
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.data import plan
 from finetune_trainer.dist import ALONE, Group
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.evaluation import evaluate
-from finetune_trainer.gradient import Gradient, resolve
+from finetune_trainer.evaluation import AT_ONCE, evaluate
+from finetune_trainer.gradient import DTYPES, Gradient, resolve
+from finetune_trainer.memory import Fit
+from finetune_trainer.sharding import Weights
 from finetune_trainer.snapshot import TrainState
 from finetune_trainer.tasks import Encoded, Evaluated, TaskKind
 
@@ -42,7 +46,7 @@ class Loop:
     validation_data: Encoded
     pad: int
     checkpoints: Checkpoints
-    save_model: Callable[["PreTrainedModel", Path], None]
+    save_model: Callable[["PreTrainedModel", Path, Weights | None], None]
     stopping: threading.Event
     on_step: Callable[[float, float], None]
     on_evaluation: Callable[[Evaluated], None]
@@ -52,8 +56,15 @@ class Loop:
     resumed: Path | None = None
 
     def __post_init__(self) -> None:
-        self.hyper = self.recipe.hyperparameters
-        self.device = next(self.model.parameters()).device
+        self.hyper, self.device = self.recipe.hyperparameters, self.group.device()
+        self.state.vocabulary = words = vocabulary.digest(self.model)
+        if self.resumed is not None:
+            self.state = snapshot.progress(self.resumed, words)
+            self.checkpoints.best = self.state.best_checkpoint
+        precision = Precision(self.state.precision or resolve(self.recipe.precision, self.device))
+        self.state.precision = precision.value
+        layers.check(self.model, self.hyper)
+        self.place(self.model)
         self.rate = optim.learning_rate(self.recipe, sum(p.numel() for p in self.model.parameters()))
         self.optimizer = optim.build(self.model, self.hyper, self.rate)
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.hyper.batch_size)
@@ -63,13 +74,7 @@ class Loop:
         # The last step's loss, and how many processes were asked to end.
         self._told: torch.Tensor | None = None
         self._ending = False
-        layers.check(self.model, self.hyper)
-        self.state.vocabulary = words = vocabulary.digest(self.model)
-        if self.resumed is not None:
-            self.state = snapshot.progress(self.resumed, words)
-            self.checkpoints.best = self.state.best_checkpoint
-        precision = Precision(self.state.precision or resolve(self.recipe.precision, self.device))
-        self.state.precision = precision.value
+        self.fit = Fit(self.hyper, self.state, self.checkpoints, self.group)
         self.gradient = Gradient(self.model, self.hyper, precision, self.kind, self.train_data, self.pad, self.group)
         if self.resumed is not None:
             snapshot.restore(self.resumed, self.optimizer, self.gradient.scaler)
@@ -77,6 +82,10 @@ class Loop:
         self.gradient.wrap()
         if self.resumed is not None:
             snapshot.restore_random(self.resumed, self.device, self.group)
+
+    def place(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        """Puts a model where the training is: on this process's device, or cut up among all processes."""
+        return sharding.place(model, self.group, DTYPES.get(Precision(self.state.precision)))
 
     # ------------------------------------------------------------------------------------------------------- train -----
     def train(self) -> None:
@@ -96,15 +105,15 @@ class Loop:
         return stopped_early or self.state.step >= self.total_steps
 
     def _epoch(self, batches: list[Any]) -> None:
-        for rows in batches:
+        for rows, following in zip(batches, [*batches[1:], None], strict=True):
             self.model.train()
             rate = self.rate * optim.factor(self.hyper.schedule, self.state.step, self.total_steps, self.state.plateaus)
             optim.set_rate(self.optimizer, rate)
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.gradient(rows)
+            loss = self.fit(self.gradient, rows, following)
             scaler = self.gradient.scaler
             scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.hyper.max_grad_norm)
+            norm = optim.clip(self.model, self.hyper.max_grad_norm)
             scaler.step(self.optimizer)
             scaler.update()
             self._read_loss()  # of the step before: waiting for this one would stall an accelerator
@@ -158,41 +167,29 @@ class Loop:
 
     def _save(self) -> None:
         self._read_loss()  # nothing is saved before its loss is known to be finite
-        random = snapshot.random_state(self.device, self.group)
+        tensors = snapshot.gather(self.model, self.optimizer, self.device, self.group)
         if self.group.leads:
-            self.checkpoints.save(self.state.step, lambda folder: self._stage(folder, random), self.on_commit)
+            save_model = partial(self.save_model, self.model)
+            stage = partial(snapshot.stage, state=self.state, scaler=self.gradient.scaler, tensors=tensors, save_model=save_model)
+            self.checkpoints.save(self.state.step, stage, self.on_commit)
+
+    def scores(self, model: "PreTrainedModel", data: Encoded) -> Evaluated:
+        """Of a model that has its place; to be called by all processes."""
+        # A pass of one that holds a part of the model needs the others: none may go on with fewer rows than they.
+        at_once = min(AT_ONCE, self.fit.at_once) if self.group.sharded else AT_ONCE
+        try:
+            return evaluate(model, self.kind, data, self.pad, self.device, self.group, at_once)
+        except torch.OutOfMemoryError as error:
+            raise self.fit.failure(at_once if self.group.sharded else 1) from error
 
     def _evaluate(self) -> bool:
         """Scores the model on the validation data; whether it is the best so far."""
         self._read_loss()
-        state, metric = self.state, self.recipe.best_metric
-        scores = evaluate(self.model, self.kind, self.validation_data, self.pad, self.device, self.group)
-        named = [m.model_dump(by_alias=True) for m in scores.named("validation")]
-        state.evaluations.append({"examples": state.examples, "step": state.step, "metrics": named})
+        scores = self.scores(self.model, self.validation_data)
         if not math.isfinite(scores.values["loss"]):
             raise TrainingFailure("NonFiniteLoss", f"the validation loss became {scores.values['loss']}: {self._advice}")
-        value = scores.values[metric] if metric.higher_is_better else -scores.values[metric]
-        value = value if math.isfinite(value) else -math.inf  # not defined, such as the correlation with a constant
-        stop = self.hyper.early_stopping
-        # The first evaluation is always an improvement; minDelta is about patience, not about which model is kept.
-        improved = state.best_metric is None or value > state.best_metric
-        patient = state.best_metric is None or value > state.best_metric + (stop.min_delta if stop else 0.0)
-        state.bad_evaluations = 0 if patient else state.bad_evaluations + 1
-        self._count_plateau(patient)
+        improved = selection.judge(self.state, self.recipe, scores)
         if improved:
-            state.best_metric, state.best_step = value, state.step
-            state.best_checkpoint = self.checkpoints.best = self.checkpoints.name(state.step)
+            self.state.best_checkpoint = self.checkpoints.best = self.checkpoints.name(self.state.step)
         self.on_evaluation(scores)
         return improved
-
-    def _count_plateau(self, improved: bool) -> None:
-        state, schedule = self.state, self.hyper.schedule
-        state.plateau_evaluations = 0 if improved else state.plateau_evaluations + 1
-        if schedule.type is ScheduleType.REDUCE_ON_PLATEAU and state.plateau_evaluations >= schedule.value("patience"):
-            state.plateaus, state.plateau_evaluations = state.plateaus + 1, 0
-
-    def _stage(self, folder: Path, random: snapshot.Random) -> None:
-        def save_model(target: Path) -> None:
-            self.save_model(self.model, target)
-
-        snapshot.stage(folder, self.state, self.optimizer, self.gradient.scaler, random, save_model)

@@ -1,6 +1,7 @@
 """Finds the pretrained model, sets dropout, builds it with a stock head for the task."""
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,15 @@ DROPOUT_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 OTHER_FORMATS = ["*.bin", "*.h5", "*.onnx", "*.msgpack", "*.ot"]
 """Weights that are not read."""
+
+
+def make_deterministic() -> None:
+    """Of this process, from here on: operations that give the same bits each time, or an error where a GPU has none (RuntimeError)."""
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first product is computed
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def fetch(uri: str, runtime: Runtime) -> Path:

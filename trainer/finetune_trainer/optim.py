@@ -93,6 +93,15 @@ def build(model: "PreTrainedModel", hyperparameters: Hyperparameters, rate: floa
     return torch.optim.AdamW(groups(model, hyperparameters), lr=rate, fused=True)
 
 
+def clip(model: "PreTrainedModel", limit: float) -> "torch.Tensor":
+    """Scales the gradients down to this L2 norm of all of them; the norm before, shape (). To be called by all processes."""
+    import torch
+
+    from finetune_trainer import sharding
+
+    return sharding.full(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+
 def set_rate(optimizer: "torch.optim.Optimizer", rate: float) -> None:
     """The rate of this step, for each group by its scale."""
     for group in optimizer.param_groups:

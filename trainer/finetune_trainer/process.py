@@ -65,7 +65,15 @@ def run(stopping: threading.Event) -> int:
 def _unexpected(error: Exception) -> EndReport:
     # By name: importing torch here would cost seconds in runs that end before it is needed.
     if type(error).__name__ in ("OutOfMemoryError", "CudaOutOfMemoryError"):
-        message = "the accelerator's memory is too small: lower hyperparameters.batchSize or dataset.maxLength"
+        # Not in a pass over examples, which are fewer then (memory.py): weights, gradients and the optimizer's state do not fit.
+        message = (
+            "the accelerator's memory does not hold the model with its gradients and the optimizer's state: freeze layers, set "
+            "model.lora, or share the model among GPUs with hyperparameters.strategy FSDP"
+        )
         return EndReport(outcome=Outcome.FAILED, reason="CudaOutOfMemory", message=message)
+    if "deterministic" in (said := str(error)) and "implementation" in said:
+        # Torch's own sentence, which names the operation.
+        message = f"hyperparameters.deterministic: {said.partition(',')[0]}: set it to false"
+        return EndReport(outcome=Outcome.FAILED, reason="RecipeInvalid", message=message)
     # The error's text may hold text of the data; its type does not.
     return EndReport(outcome=Outcome.FAILED, reason="UserCodeError", message=f"unexpected {type(error).__name__}; see the log")

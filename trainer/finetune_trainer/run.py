@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune_trainer.loop import Loop
+    from finetune_trainer.sharding import Weights
     from finetune_trainer.tasks import Evaluated
 
 
@@ -56,7 +57,7 @@ class Run:
         """Trains, or finds that it is done already. Raises TrainingFailure."""
         self.output = open_store(self.recipe.output.storage_uri, self.runtime.s3_root)
         self.output.check(writable=True)
-        self.group = Group.join()
+        self.group = Group.join(self.recipe.hyperparameters.strategy)
         if not self.group.leads:
             self._follow()
         done = self._already_done() if self.group.leads else None
@@ -105,6 +106,8 @@ class Run:
         import torch
 
         recipe, scratch = self.recipe, self.runtime.workdir
+        if recipe.hyperparameters.deterministic:
+            model.make_deterministic()
         checkpoints = Checkpoints(
             open_store(recipe.checkpoint_uri, self.runtime.s3_root),
             scratch / "checkpoints",
@@ -121,14 +124,14 @@ class Run:
         encoded = token_cache.encode(splits, self.kind, tokenizer, scratch / "tokens", self.console.line)
         self._tell_truncation(encoded)
         torch.manual_seed(recipe.hyperparameters.seed)
-        learner = model.build(self.source, recipe, self.kind, tokenizer, saved).to(self.group.device())
+        learner = model.build(self.source, recipe, self.kind, tokenizer, saved)
         if not self.group.leads:
             torch.manual_seed(recipe.hyperparameters.seed + self.group.rank)  # the same weights, other dropout
         self._may_go_on()
-        if recipe.model.pooling is Pooling.AUTO:
-            vocabulary.narrow(learner, recipe.hyperparameters, encoded["train"].ids.values, int(tokenizer.pad_token_id))
-        else:
+        if recipe.model.pooling is Pooling.MEAN:
             encoded = self._features(learner, encoded, int(tokenizer.pad_token_id), new=saved is None)
+        elif not self.group.sharded:  # whose parts are put together by name and shape
+            vocabulary.narrow(learner, recipe.hyperparameters, encoded["train"].ids.values, int(tokenizer.pad_token_id))
         if self.group.leads:
             checkpoints.begin(restored[0].step if restored else 0)
             sweep(self.output, f"{names.MODEL_DIR}/", self.console.line)
@@ -139,8 +142,6 @@ class Run:
                 loop = self._loop(learner, tokenizer, encoded, checkpoints, trackers, poster, restored)
                 trackers.params(**recipe.model_dump(mode="json", by_alias=True), resolved=self._resolved(loop))
                 loop.train()
-                if not self.group.leads:
-                    return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
                 best = self._best(loop, checkpoints, tokenizer)
                 return self._publish(best, loop, encoded, tokenizer, trackers)
         finally:
@@ -161,20 +162,22 @@ class Run:
             "device": loop.device.type,
             "precision": loop.state.precision,
             "processes": self.group.size,
+            "strategy": self.group.strategy,
+            "microBatchSize": loop.fit.at_once,
         }
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[Checkpoint, Path] | None:
         """The newest checkpoint that verifies, the same one at every process."""
         restored = checkpoints.restore() if self.group.leads else None
         chosen = self.group.tell(restored[0].name if restored else None)
-        if self.group.leads or chosen is None:
-            return restored
-        checkpoint = next((c for c in checkpoints.committed() if c.name == chosen), None)
+        return restored if self.group.leads or chosen is None else self._fetch(checkpoints, chosen)
+
+    def _fetch(self, checkpoints: Checkpoints, name: str) -> tuple[Checkpoint, Path]:
+        checkpoint = next((c for c in checkpoints.committed() if c.name == name), None)
         folder = checkpoints.fetch(checkpoint) if checkpoint else None
         if checkpoint is None or folder is None:
-            raise TrainingFailure(
-                "CheckpointCorrupt", f"{checkpoints.store.uri}/{chosen} cannot be read by process {self.group.rank}"
-            )
+            where = f"{checkpoints.store.uri}/{name}"
+            raise TrainingFailure("CheckpointCorrupt", f"{where} cannot be read by process {self.group.rank}")
         return checkpoint, folder
 
     def _tell_truncation(self, encoded: dict[str, Encoded]) -> None:
@@ -189,7 +192,9 @@ class Run:
         from finetune_trainer import pooling
 
         began = time.monotonic()
-        made = pooling.with_features(learner, encoded, pad, self.group.device(), self.group, self._may_go_on)
+        made = pooling.with_features(
+            learner.to(self.group.device()), encoded, pad, self.group.device(), self.group, self._may_go_on
+        )
         if new:
             numbers = made["train"].labels if self.recipe.task is Task.REGRESSION else None
             learner.linear_head.standardise(made["train"].features, numbers)
@@ -246,7 +251,7 @@ class Run:
             validation_data=encoded["validation"],
             pad=int(tokenizer.pad_token_id),
             checkpoints=checkpoints,
-            save_model=lambda m, folder: save_model(m, tokenizer, self.recipe, folder),
+            save_model=lambda m, folder, weights: save_model(m, tokenizer, self.recipe, folder, weights),
             stopping=self.stopping,
             on_step=on_step,
             on_evaluation=on_evaluation,
@@ -262,20 +267,15 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------- score, publish ----
     def _best(self, loop: "Loop", checkpoints: Checkpoints, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
-        """The model of the best evaluation: the one in memory, or the one in its checkpoint."""
+        """The model of the best evaluation: the one in memory, or the one in its checkpoint. At every process: all score it."""
         if loop.state.best_step in (None, loop.state.step):
             return loop.model
-        found = next((c for c in checkpoints.committed() if c.name == loop.state.best_checkpoint), None)
-        folder = checkpoints.fetch(found) if found else None
-        if folder is None:
-            raise TrainingFailure(
-                "CheckpointCorrupt",
-                f"the checkpoint of the best model, {checkpoints.store.uri}/{loop.state.best_checkpoint}, cannot be read",
-            )
+        # Told by the leader, which has waited until it is committed.
+        name = self.group.tell(loop.state.best_checkpoint)
+        found = self._fetch(checkpoints, name)[1] / "model"
         self.console.line(f"the best model is that of step {loop.state.best_step}; it is restored")
-        found_model = folder / "model"
-        source = self.source if self.recipe.model.partly_saved else found_model
-        return model.build(source, self.recipe, self.kind, tokenizer, found_model).to(loop.device)
+        source = self.source if self.recipe.model.partly_saved else found
+        return loop.place(model.build(source, self.recipe, self.kind, tokenizer, found))
 
     def _publish(
         self,
@@ -285,17 +285,20 @@ class Run:
         tokenizer: "PreTrainedTokenizerBase",
         trackers: Trackers,
     ) -> EndReport:
-        """Scores the best model, test data included, and writes model/ and then result.json."""
-        from finetune_trainer.evaluation import evaluate
+        """Scores the best model, test data included; the leader writes model/ and then result.json."""
+        from finetune_trainer import sharding
 
         if self.recipe.model.lora and self.recipe.model.lora.merge:
             adapters.merge(best)
-        scores = {s: evaluate(best, self.kind, e, loop.pad, loop.device) for s, e in encoded.items() if s != "train"}
+        scores = {s: loop.scores(best, e) for s, e in encoded.items() if s != "train"}
+        weights = sharding.weights(best, self.group)
+        if not self.group.leads:
+            return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
         metrics: list[MetricValue] = [m for split, score in scores.items() for m in score.named(split)]
         for split, score in scores.items():
             trackers.scalars({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
         folder = self.runtime.workdir / "final"
-        save_model(best, tokenizer, self.recipe, folder)
+        save_model(best, tokenizer, self.recipe, folder, weights)
         if self.recipe.model.pooling is Pooling.MEAN:
             best.encoder.save_pretrained(folder, max_shard_size=ONE_FILE)
         # With output.overwrite another recipe's result is still there: a death in the upload must not leave it beside our model.
@@ -348,8 +351,17 @@ def thin(evaluations: list[Evaluation]) -> list[Evaluation]:
     return evaluations
 
 
-def save_model(trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, folder: Path) -> None:
-    """A stock model folder (from_pretrained loads it), or what trained beside one: its adapters, its head. With our card."""
+def save_model(
+    trained: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    recipe: Recipe,
+    folder: Path,
+    weights: "Weights | None" = None,
+) -> None:
+    """A stock model folder (from_pretrained loads it), or what trained beside one: its adapters, its head. With our card.
+
+    `weights` are those of a model that has but a part of them itself.
+    """
     if recipe.model.pooling is Pooling.MEAN:
         from finetune_trainer import pooling
 
@@ -357,7 +369,7 @@ def save_model(trained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     elif getattr(trained, "peft_config", None):
         adapters.save(trained, folder)
     else:
-        weights = vocabulary.whole_weights(trained, trained.state_dict())
+        weights = weights if weights is not None else vocabulary.whole_weights(trained, trained.state_dict())
         trained.save_pretrained(folder, state_dict=weights, max_shard_size=ONE_FILE)
     tokenizer.save_pretrained(folder)
     card = {

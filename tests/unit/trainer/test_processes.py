@@ -6,92 +6,39 @@ Dropout is off: each process draws its own, so that only without it the numbers 
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes_kit import Training, bits, make_recipe
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainer_kit import merged
 
-from finetune_api import names
 from finetune_api.report import EndReport, Outcome
 from finetune_trainer.config import Runtime
 from finetune_trainer.dist import Group
 from finetune_trainer.report import write_end
-from support.models import tiny_classifier, write_split
-from testcluster.processes import free_port
 
-NO_DROPOUT = {"hidden": 0.0, "attention": 0.0, "classifier": 0.0}
+TESTS = str(Path(__file__).resolve().parents[2])
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    folder = tmp_path_factory.mktemp("processes")
-    for split, rows in (("train", 67), ("validation", 21)):  # the last batch has 3 rows, the split an odd number
-        write_split(folder / f"{split}.csv", rows, seed=rows)
-    return {
-        "task": "SequenceClassification",
-        "model": {"uri": f"file://{tiny_classifier(folder / 'model')}"},
-        "dataset": {"uri": f"file://{folder}", "labels": ["negative", "neutral", "positive"], "maxLength": 16},
-        "hyperparameters": {"epochs": 2, "batchSize": 8, "learningRate": 1e-3, "dropout": NO_DROPOUT, "precision": "FP32"},
-        "checkpoint": {"everySteps": 1, "keepLast": 100},
-    }
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return make_recipe(tmp_path_factory.mktemp("processes"))
 
 
-class Training:
-    """One training in a folder, by one or more processes."""
-
-    def __init__(self, recipe: dict[str, object], folder: Path, processes: int) -> None:
-        self.output, self.work = folder / "out", folder / "work"
-        self.log = folder / "termination-log"
-        job = {**recipe, "output": {"storageUri": f"file://{self.output}"}}
-        self.env = {
-            **os.environ,
-            names.ENV_JOB: json.dumps(job),
-            names.ENV_WORKDIR: str(self.work),
-            names.ENV_TERMINATION_LOG: str(self.log),
-            "OMP_NUM_THREADS": "1",
-        }
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}", "--module"]
-        self.command = [sys.executable, *(torchrun if processes > 1 else ["-m"]), "finetune_trainer"]
-
-    def start(self) -> "subprocess.Popen[str]":
-        return subprocess.Popen(self.command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def run(self) -> dict[str, object]:
-        process = self.start()
-        said, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, said
-        found: dict[str, object] = json.loads((self.output / "result.json").read_text())
-        return found
-
-    def first_gradient(self) -> torch.Tensor:
-        """AdamW's first moment after one step from zero is the gradient times 1 - beta1."""
-        saved = load_file(next(self.output.glob("checkpoints/step-00000001-*")) / "trainer/optimizer.safetensors")
-        return torch.cat([saved[name].flatten().double() for name in sorted(saved) if name.endswith("exp_avg")])
-
-    def losses(self) -> list[float]:
-        events = EventAccumulator(str(next((self.output / "logs").iterdir())))
-        events.Reload()
-        return [event.value for event in events.Scalars("train/loss")]
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.output / "model/model.safetensors")
-
-
-def test_two_and_three_processes_learn_what_one_does(recipe: dict[str, object], tmp_path: Path) -> None:
+def test_two_and_three_processes_learn_what_one_does(recipe: dict[str, Any], tmp_path: Path) -> None:
     one = Training(recipe, tmp_path / "1", 1)
     alone = one.run()
     for processes in (2, 3):  # 3 rows in the last batch of an epoch; with 3 processes 8 rows do not divide
         several = Training(recipe, tmp_path / str(processes), processes)
         together = several.run()
-        assert together["resolved"]["processes"] == processes  # type: ignore[index]
+        assert together["resolved"]["processes"] == processes
         assert together["steps"] == alone["steps"]
-        for mine, theirs in zip(alone["evaluations"], together["evaluations"], strict=True):  # type: ignore[call-overload]
+        for mine, theirs in zip(alone["evaluations"], together["evaluations"], strict=True):
             loss, other = (next(float(m["value"]) for m in e["metrics"] if m["name"].endswith("loss")) for e in (mine, theirs))
             assert other == pytest.approx(loss, rel=1e-4)
         expected = one.first_gradient()
@@ -101,29 +48,33 @@ def test_two_and_three_processes_learn_what_one_does(recipe: dict[str, object], 
             torch.testing.assert_close(value, one.weights()[name], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_thaw_and_fight_as_one_does(recipe: dict[str, object], tmp_path: Path) -> None:
-    """Gradual unfreezing changes which gradients are shared; FGM and gradient checkpointing run the model more than once a step."""
+def test_two_processes_thaw_and_fight_as_one_does(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Gradual unfreezing changes which gradients are shared; FGM, micro-batches and gradient checkpointing run the model more than once a
+    step."""
     levers = {
         "epochs": 3,
+        "microBatchSize": 3,
+        "gradientCheckpointing": True,
         "freeze": {"embeddings": False, "layers": 1},
         "unfreeze": {"everyEpochs": 1},
         "adversarial": {"epsilon": 0.1},
         "labelSmoothing": 0.1,
         "layerwiseDecay": 0.8,
     }
-    changed = {**recipe, "hyperparameters": {**recipe["hyperparameters"], **levers}}  # type: ignore[dict-item]
+    changed = merged(recipe, {"hyperparameters": levers})
     one, two = Training(changed, tmp_path / "1", 1), Training(changed, tmp_path / "2", 2)
     one.run()
-    two.run()
+    together = two.run()
+    assert together["resolved"]["strategy"] == "DDP"
+    assert together["resolved"]["microBatchSize"] == 3
     assert two.losses() == pytest.approx(one.losses(), rel=1e-4)
     for name, value in two.weights().items():
         torch.testing.assert_close(value, one.weights()[name], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_pool_what_one_does(recipe: dict[str, object], tmp_path: Path) -> None:
+def test_two_processes_pool_what_one_does(recipe: dict[str, Any], tmp_path: Path) -> None:
     """The encoder's work is shared out; the head trains on all of it."""
-    hyper = {"epochs": 2, "batchSize": 8}
-    changed = {**recipe, "model": {**recipe["model"], "pooling": "Mean"}, "hyperparameters": hyper}  # type: ignore[dict-item]
+    changed = {**recipe, "model": {**recipe["model"], "pooling": "Mean"}, "hyperparameters": {"epochs": 2, "batchSize": 8}}
     one, two = Training(changed, tmp_path / "1", 1), Training(changed, tmp_path / "2", 2)
     one.run()
     two.run()
@@ -133,8 +84,8 @@ def test_two_processes_pool_what_one_does(recipe: dict[str, object], tmp_path: P
         torch.testing.assert_close(value, heads[1][name], rtol=1e-3, atol=1e-5)
 
 
-def test_asked_to_end_all_end_and_go_on_together(recipe: dict[str, object], tmp_path: Path) -> None:
-    long = {**recipe, "hyperparameters": {**recipe["hyperparameters"], "epochs": 200}}  # type: ignore[dict-item]
+def test_asked_to_end_all_end_and_go_on_together(recipe: dict[str, Any], tmp_path: Path) -> None:
+    long = merged(recipe, {"hyperparameters": {"epochs": 200}})
     several = Training(long, tmp_path, 2)
     process = several.start()
     deadline = time.monotonic() + 100
@@ -209,6 +160,32 @@ def test_processes_that_end_at_once_do_not_mix_their_reports(tmp_path: Path) -> 
         for thread in threads:
             thread.join()
         assert EndReport.model_validate_json(log.read_text()) == REPORTS["done"]
+
+
+def test_three_processes_go_on_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """With three, the order in which gradients are added up shows: it must not depend on when the processes began. Dropout is on."""
+    on = {"hidden": None, "attention": None, "classifier": None}
+    three = Training(merged(recipe, {"hyperparameters": {"epochs": 1, "microBatchSize": 2, "dropout": on}}), tmp_path, 3)
+    three.run()
+    whole = bits(three.checkpoint(9))
+    three.cut(4)
+    assert three.run()["steps"] == 9
+    assert three.checkpoint(9).name.endswith("-0002")
+    assert bits(three.checkpoint(9)) == whole
+
+
+def test_one_is_out_of_memory_and_the_next_attempt_takes_half(recipe: dict[str, Any], tmp_path: Path) -> None:
+    short = merged(recipe, {"hyperparameters": {"epochs": 1}})
+    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+    memory = {"module": "support.out_of_memory", "PYTHONPATH": path, "FULL_RANK": "1", "ROWS_THAT_FIT": "3"}
+    full = Training(short, tmp_path / "full", 2, **memory)
+    end = full.fails()
+    assert (end["outcome"], end["reason"]) == ("Failed", "CudaOutOfMemory"), end["said"]
+    assert "process 1 was out of memory with 4 examples at once: the next attempt computes 2" in end["message"]
+    assert full.run()["resolved"]["microBatchSize"] == 2
+    known = Training(merged(short, {"hyperparameters": {"microBatchSize": 2}}), tmp_path / "known", 2)
+    known.run()
+    assert bits(full.checkpoint(9)) == bits(known.checkpoint(9))
 
 
 def test_rows_are_shared_out_whole() -> None:
