@@ -49,7 +49,7 @@ bench: bench-trainer bench-few-shot ## every benchmark; each prints its table an
 bench-trainer: $(VENV)/dev.stamp ## the trainer's speed and quality beside Hugging Face's Trainer (about 25 minutes)
 	$(BIN)/python benchmarks/trainer.py
 
-bench-few-shot: $(VENV)/demo.stamp ## what 8, 32 and 128 examples of each class are worth, ours beside logistic regression (about 20 CPU-minutes)
+bench-few-shot: $(VENV)/demo.stamp ## what 8, 32 and 128 examples of each class are worth, ours beside logistic regression (about 15 CPU-minutes)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/few_shot.py
 
 cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes with the operator: a real node as root, else (or with NODE=0) pods as processes

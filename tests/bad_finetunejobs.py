@@ -174,6 +174,8 @@ BAD: tuple[Bad, ...] = (
             "hyperparameters.adversarial": {},
             "hyperparameters.gradientCheckpointing": True,
             "hyperparameters.precision": "BF16",
+            "hyperparameters.strategy": "FSDP",
+            "hyperparameters.compile": True,
             "hyperparameters.dropout.hidden": 0.1,
             "hyperparameters.dropout.attention": 0.1,
         }.items()

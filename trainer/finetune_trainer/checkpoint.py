@@ -184,8 +184,8 @@ class Checkpoints:
 
     @property
     def origin(self) -> str:
-        """The id of the first execution at this place: a training that begins anew after its output was deleted has another."""
-        return str(self._json("executions/0001.json").get("id", ""))
+        """The id of the oldest execution at this place: a training that begins anew after its output was deleted has another."""
+        return str(self._json(min(self.store.list("executions/"))).get("id", ""))
 
     def tell_micro_batch(self, rows: int) -> None:
         """For the executions after this one; any process may say it."""

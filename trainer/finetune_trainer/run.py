@@ -334,9 +334,10 @@ class Run:
     def _upload_logs(self, folder: Path, execution: int) -> None:
         try:
             upload_folder(folder, self.output, f"{names.LOGS_DIR}/{execution:04d}")
-        except TrainingFailure as error:
-            # Logs are no reason to lose a trained model; where the storage is gone, the training has failed by itself.
-            self.console.line(f"TensorBoard files were not uploaded: {error.message}")
+        except (TrainingFailure, OSError) as error:
+            # Logs are no reason to lose a trained model; where the storage is gone, the training has failed by itself. A tracker that
+            # was left behind may still be at work on its files.
+            self.console.line(f"logs were not uploaded: {getattr(error, 'message', error)}")
 
 
 ONE_FILE = "1000GB"

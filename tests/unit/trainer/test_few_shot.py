@@ -384,12 +384,17 @@ def test_what_is_too_long_loses_its_columns_ends_and_nothing_else(byte_level: An
         assert all(token in rest for token in row), "nothing is new, nothing moves"
 
 
-def test_the_longest_column_is_cut_first(byte_level: Any) -> None:
-    made = template("{title}|{text}")
-    [row], _ = made.encode([("very kind", "good " * 40)], byte_level, 20, "")
-    said = byte_level.decode(row)
-    assert said.startswith("<s>very kind|good good")
-    assert said.endswith("good</s>")
+def test_the_longest_column_is_cut_first_and_from_its_end(byte_level: Any) -> None:
+    made = template("{title}|{text}|")
+    text = " ".join(f"good{i} " for i in range(40))
+    for length in range(8, 20):
+        [row], _ = made.encode([("kind", text)], byte_level, length, "")
+        assert len(row) == length
+        said = byte_level.decode(row).removeprefix("<s>").removesuffix("</s>")
+        title, kept, nothing = said.split("|")
+        assert (title, nothing) == ("kind", "")
+        assert kept
+        assert text.startswith(kept), "the beginning of the text, without a gap"
 
 
 def test_a_mask_in_the_data_is_no_mask(byte_level: Any) -> None:
