@@ -65,6 +65,10 @@ EVIDENCE: dict[str, str] = {
     "hyperparameters.batchSize": f"{HERE}::test_steps_follow_from_batch_size_and_epochs",
     "hyperparameters.epochs": f"{HERE}::test_steps_follow_from_batch_size_and_epochs",
     "hyperparameters.maxSteps": "test_levers::test_max_steps_end_training_and_the_schedule",
+    "hyperparameters.microBatchSize": "test_memory::test_the_gradient_is_that_of_the_whole_batch",
+    "hyperparameters.strategy": "test_sharding::test_it_learns_what_one_process_does",
+    "hyperparameters.compile": "test_compiling::test_compiled_it_learns_the_same",
+    "hyperparameters.deterministic": "test_compiling::test_deterministic_operations_are_asked_for",
     "hyperparameters.weightDecay": f"{HERE}::test_weights_decay_beside_the_gradient",
     "hyperparameters.layerwiseDecay": "test_levers::test_the_rate_decays_layer_by_layer",
     "hyperparameters.freeze.embeddings": "test_levers::test_what_is_frozen_keeps_its_weights",
@@ -237,7 +241,9 @@ def test_examples_are_read_from_where_the_recipe_says(job: Job, tmp_path: Path, 
     (folder / "validation.csv").write_text("text,label\nnot this one,neutral\n")
     others = [dict(ROW, label=name, mood=name, many=name) for name in LABELS]
     for name, count in (("learn", 3), ("judge", 2), ("prove", 1)):
-        lines = [json.dumps(row) for row in (ROW, *others, *others)[: count + 1]]
+        # Its own texts in each split: what validation and test have leaves train.
+        own = {} if name == "learn" else {"text": name, "words": name, "talk": [{"role": "assistant", "content": name}]}
+        lines = [json.dumps(row | own) for row in (ROW, *others, *others)[: count + 1]]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     files = {"uri": f"file://{folder}", "train": "learn.jsonl", "validation": "judge.jsonl", "test": "prove.jsonl"}
     splits, _ = read_splits(job.recipe(**merged({"dataset": files}, changes)), job.runtime(), lambda _: None)

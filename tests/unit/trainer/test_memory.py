@@ -15,7 +15,7 @@ from finetune_trainer.data import collate
 from finetune_trainer.dist import ALONE, Group
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.feed import Feed
-from finetune_trainer.tasks import Encoded
+from finetune_trainer.tasks import Encoded, Ragged
 from support.models import TAGS, tiny_decoder, write_tasks
 from support.out_of_memory import rows_that_fit
 
@@ -190,7 +190,7 @@ def test_what_another_recipe_or_somebody_else_left_is_no_word_for_us(job: Job) -
 
 
 # ------------------------------------------------------------------------------------------------------------ feed ----
-DATA = Encoded([[2, 5, 3], [2, 5, 6, 3], [2, 3], [2, 7, 8, 9, 3], [2, 4, 3]], np.arange(5), 0)
+DATA = Encoded(Ragged.of([[2, 5, 3], [2, 5, 6, 3], [2, 3], [2, 7, 8, 9, 3], [2, 4, 3]]), np.arange(5), 0)
 CPU = torch.device("cpu")
 
 
