@@ -83,7 +83,9 @@ def compare(name: str, group: Group, *, decoder: bool) -> dict[str, object]:
     )
     tied = len({t.data_ptr() for t in put.values() if t.numel()}) < len([t for t in put.values() if t.numel()])
     cut = sum(p.to_local().numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
-    trained = {n: p.requires_grad for n, p in other.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
+    trained = {n: p.requires_grad for n, p in other.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
     return {
         "name": name,
         "decoder": decoder,
