@@ -161,9 +161,9 @@ class Run:
             "steps": loop.total_steps,
             "device": loop.device.type,
             "precision": loop.state.precision,
-            "processes": self.group.size,
-            "strategy": self.group.strategy,
             "microBatchSize": loop.fit.at_once,
+            "processes": self.group.size,
+            **({"strategy": self.group.strategy} if self.group.strategy else {}),
         }
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[Checkpoint, Path] | None:

@@ -67,6 +67,9 @@ class Training:
         process = self.start()
         said, _ = process.communicate(timeout=280)
         assert process.returncode == 0, said
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.output / "result.json").read_text())
         return found
 
