@@ -387,7 +387,8 @@ class Hyperparameters(Model):
     """Optimizer steps, at most: training ends after them or after the epochs, whichever comes first. The schedule ends there
     too."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
-    """Decoupled weight decay; biases and normalisation weights are never decayed."""
+    """Decoupled weight decay; biases and normalisation weights are never decayed, and words that no training text has keep
+    their vectors."""
     layerwise_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the rate of the layer above that a layer gets; 1 gives all the same. 0.95 is usual, 0.38 is that of Howard and
     Ruder (2018)."""

@@ -3,8 +3,7 @@
 model.py builds the stock model and calls `take`. Weights, their names and what is saved stay as they are. With dropout off, logits and
 gradients are those of the stock model; with dropout on, other random numbers of the same distribution are drawn.
 
-Measured on MiniLM (six layers) in bf16 on a CPU: the last layer for the first token alone makes a step 1.14 times as fast, dropout and
-attention 1.12 times (benchmarks/trainer.py has the whole).
+Why, and what it brings: docs/adr/0012.
 """
 
 from types import MethodType
