@@ -68,7 +68,7 @@ EVIDENCE: dict[str, str] = {
     "hyperparameters.microBatchSize": "test_memory::test_the_gradient_is_that_of_the_whole_batch",
     "hyperparameters.strategy": "test_sharding::test_it_learns_what_one_process_does",
     "hyperparameters.compile": "test_compiling::test_compiled_it_learns_the_same",
-    "hyperparameters.deterministic": "test_compiling::test_deterministic_operations_are_asked_for",
+    "hyperparameters.deterministic": "test_compiling::test_deterministic_is_said_to_torch_and_changes_nothing_on_a_cpu",
     "hyperparameters.weightDecay": f"{HERE}::test_weights_decay_beside_the_gradient",
     "hyperparameters.layerwiseDecay": "test_levers::test_the_rate_decays_layer_by_layer",
     "hyperparameters.freeze.embeddings": "test_levers::test_what_is_frozen_keeps_its_weights",
