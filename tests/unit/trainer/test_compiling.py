@@ -15,8 +15,8 @@ from trainer_kit import Job, Killed, merged
 
 from finetune_api.report import EndReport
 from finetune_trainer import compiling
-from finetune_trainer.process import _unexpected
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.process import _unexpected
 
 PLAIN: dict[str, Any] = {"dropout": {"hidden": 0.0, "attention": 0.0, "classifier": 0.0}, "precision": "FP32", "epochs": 2}
 
