@@ -97,7 +97,7 @@ EVIDENCE: dict[str, str] = {
     "hyperparameters.earlyStopping": "test_outcomes::test_early_stopping_ends_training",
     "hyperparameters.earlyStopping.patience": "test_outcomes::test_early_stopping_ends_training",
     "hyperparameters.earlyStopping.minDelta": f"{HERE}::test_a_small_improvement_is_none",
-    "hyperparameters.seed": "test_resume::test_another_seed_is_another_run",
+    "hyperparameters.seed": f"{HERE}::test_the_seed_draws_head_order_and_dropout",
     "evaluation.everyEpochs": "test_outcomes::test_evaluations_come_every_so_many_epochs_and_at_the_end",
     "evaluation.everySteps": f"{HERE}::test_evaluations_and_checkpoints_come_every_so_many_steps",
     "evaluation.bestMetric": "test_outcomes::test_the_best_model_is_restored_and_not_the_last",
@@ -316,16 +316,31 @@ def test_weights_decay_beside_the_gradient(job: Job) -> None:
         assert torch.allclose(without[name] - decayed[name], expected, atol=1e-6), name
 
 
+def first_gradient(job: Job, name: str, hyperparameters: dict[str, Any]) -> torch.Tensor:
+    """AdamW's first moment after one step from zero is the gradient times 1 - beta1."""
+    done = after(job, name, {"maxSteps": 1, **hyperparameters})
+    moments = load_file(done.newest() / "trainer/optimizer.safetensors")
+    return torch.cat([moments[n].flatten().double() for n in sorted(moments) if n.endswith("exp_avg")]) / 0.1
+
+
 def test_gradients_are_scaled_down_to_their_limit(job: Job) -> None:
-    norms = {}
-    for limit in (1e-3, 1e-2, 1e6):
-        done = after(job, f"{limit}", {"maxSteps": 1, "maxGradNorm": limit})
-        moments = load_file(done.newest() / "trainer/optimizer.safetensors")
-        # AdamW's first moment after one step from zero is the gradient times 1 - beta1.
-        gradient = torch.cat([m.flatten().double() for n, m in moments.items() if n.endswith("exp_avg")]) / 0.1
-        norms[limit] = gradient.norm().item()
+    norms = {x: first_gradient(job, f"{x}", {"maxGradNorm": x}).norm().item() for x in (1e-3, 1e-2, 1e6)}
     assert (norms[1e-3], norms[1e-2]) == (pytest.approx(1e-3, rel=1e-3), pytest.approx(1e-2, rel=1e-3))
     assert norms[1e6] > 0.1, "otherwise this test shows nothing"
+
+
+def test_the_seed_draws_head_order_and_dropout(job: Job) -> None:
+    fresh = [weights(after(job, f"head-{seed}", {"seed": seed, "learningRate": 1e-9, "maxSteps": 1})) for seed in (1, 2)]
+    assert not torch.allclose(fresh[0]["classifier.weight"], fresh[1]["classifier.weight"], atol=1e-3)
+    trained = replace(job, model=after(job, "trained").output / "model")  # its head is kept, so that it is not drawn
+
+    def difference(name: str, **hyper: Any) -> float:
+        a, b = (first_gradient(trained, f"{name}-{seed}", {"seed": seed, **hyper}) for seed in (1, 2))
+        return float((a - b).norm() / a.norm())
+
+    assert difference("nothing", batchSize=64) < 1e-4, "all rows in one batch, and nothing drawn"
+    assert difference("dropout", batchSize=64, dropout={"hidden": 0.3}) > 0.01
+    assert difference("order", batchSize=8) > 0.01
 
 
 def test_layers_thaw_every_so_many_epochs(job: Job) -> None:

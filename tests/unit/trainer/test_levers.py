@@ -253,11 +253,16 @@ def gradient(batch: tuple[Any, Encoded, np.ndarray], precision: Precision = Prec
 
 def test_labels_are_smoothed(batch: Any) -> None:
     model, data, rows = batch
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([2.0, 0.0, -1.0]))  # a model that is sure is one that smoothing changes
     tensors = collate(data, rows, 0, torch.device("cpu"))
     logits = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
-    for share in (0.0, 0.2):
-        expected = cross_entropy(logits, tensors["labels"], label_smoothing=share)
-        assert gradient(batch, labelSmoothing=share).loss == pytest.approx(expected.item(), rel=1e-5)  # type: ignore[attr-defined]
+    labels = tensors["labels"].clamp(max=1)  # each label once would cancel out
+    expected = [cross_entropy(logits, labels, label_smoothing=share).item() for share in (0.0, 0.2)]
+    assert abs(expected[0] - expected[1]) > 0.01, "otherwise this test shows nothing"
+    unbalanced = (model, replace(data, labels=labels.numpy()), rows)
+    got = [gradient(unbalanced, labelSmoothing=share).loss for share in (0.0, 0.2)]  # type: ignore[attr-defined]
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 def test_fgm_adds_the_gradient_of_the_moved_batch(batch: Any) -> None:
