@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune_trainer.data import collate
 from finetune_trainer.dist import ALONE, Group
@@ -26,7 +27,7 @@ def outputs(
         return kind.outputs(model(**batch, **kind.options).logits, labels)
 
     model.eval()
-    return by_row(answer, kind.width(encoded), encoded, pad, device, group)
+    return by_row(answer, kind.width(encoded), encoded, pad, device, group).astype(np.float64)
 
 
 def by_row(
@@ -36,7 +37,7 @@ def by_row(
     pad: int,
     device: "torch.device",
     group: Group = ALONE,
-) -> Floats:
+) -> npt.NDArray[np.float32]:
     """answer(batch, labels) of all rows, (rows, width), in row order; batches are formed by length and shared out."""
     import torch
 
@@ -52,7 +53,8 @@ def by_row(
             values = answer(batch, labels).float().cpu()
             out[torch.from_numpy(rows), : values.shape[1]] = values
     # Each row is one process's, and 0 at the others.
-    return group.sum(out).numpy().astype(np.float64)
+    together: npt.NDArray[np.float32] = group.sum(out).numpy()
+    return together
 
 
 def evaluate(
