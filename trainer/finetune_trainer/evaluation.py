@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune_trainer.data import collate
 from finetune_trainer.dist import ALONE, Group
@@ -34,7 +35,7 @@ def outputs(
         return kind.outputs(model(**batch, **kind.options).logits, labels)
 
     model.eval()
-    out = by_row(answer, kind.width(encoded), encoded, pad, device, group, at_once)
+    out = by_row(answer, kind.width(encoded), encoded, pad, device, group, at_once).astype(np.float64)
     sharding.close(model, group)
     return out
 
@@ -47,7 +48,7 @@ def by_row(
     device: "torch.device",
     group: Group = ALONE,
     at_once: int = AT_ONCE,
-) -> Floats:
+) -> npt.NDArray[np.float32]:
     """answer(batch, labels) of all rows, (rows, width), in row order; batches are formed by length and shared out.
 
     Out of memory, it goes on with half as many rows at once; not where other processes wait for this very pass (torch.OutOfMemoryError).
@@ -75,7 +76,8 @@ def by_row(
             out[torch.from_numpy(rows), : values.shape[1]] = values[: len(rows)]
             done += at_once
     # Each row is one process's, and 0 at the others.
-    return group.sum(out).numpy().astype(np.float64)
+    together: npt.NDArray[np.float32] = group.sum(out).numpy()
+    return together
 
 
 def evaluate(

@@ -59,10 +59,9 @@ class Head(nn.Module):
 
 
 def _set(center: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> None:
-    values = values.double()
-    center.copy_(values.mean(dim=0))
-    deviation = (values - values.mean(dim=0)).square().mean().sqrt()
-    scale.fill_(deviation if deviation > 0 else 1.0)  # where all rows are the same
+    variance, mean = torch.var_mean(values, dim=0, correction=0)
+    center.copy_(mean)
+    scale.fill_(variance.mean().sqrt() or 1.0)  # 1 where all rows are the same
 
 
 class MeanPooled(nn.Module):
@@ -119,8 +118,7 @@ def with_features(
 
     model.eval()
     width = len(model.linear_head.center)
-    features = {name: by_row(pooled, width, split, pad, device, group) for name, split in splits.items()}
-    return {name: replace(split, features=features[name].astype(np.float32)) for name, split in splits.items()}
+    return {name: replace(split, features=by_row(pooled, width, split, pad, device, group)) for name, split in splits.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- files ----
@@ -128,9 +126,9 @@ def load_encoder(folder: Path, **options: Any) -> "PreTrainedModel":
     """Raises TrainingFailure where there is no one sequence of states to take the mean of."""
     import transformers
 
-    # What a checkpoint lacks (BERT's pooler, which is not used here) is made up: the same each time, and at no cost to the other dice.
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    # What a checkpoint lacks (BERT's pooler, which is not used here) is made up: the same each time, and no other dice are moved.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         encoder = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, use_safetensors=True, **options
         )

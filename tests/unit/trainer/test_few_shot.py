@@ -387,6 +387,7 @@ def test_what_is_too_long_loses_its_columns_ends_and_nothing_else(byte_level: An
 def test_the_longest_column_is_cut_first_and_from_its_end(byte_level: Any) -> None:
     made = template("{title}|{text}|")
     text = " ".join(f"good{i} " for i in range(40))
+    assert byte_level.decode(made.encode([("kind", text)], byte_level, 4, "")[0][0]) == "<s>||</s>", "columns may go, no more"
     for length in range(8, 20):
         [row], _ = made.encode([("kind", text)], byte_level, length, "")
         assert len(row) == length
