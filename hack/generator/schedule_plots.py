@@ -5,7 +5,7 @@ A few lines of SVG instead of a plotting library: the file is the same byte for 
 
 from html import escape
 
-from finetune_api.recipe import Schedule, ScheduleType
+from finetune_api.hyperparameters import Schedule, ScheduleType
 from finetune_trainer import optim
 
 STEPS = 100

@@ -11,7 +11,7 @@ import sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from finetune_api.recipe import Hyperparameters, Strategy
+from finetune_api.hyperparameters import Hyperparameters, Strategy
 from finetune_trainer import layers, optim, sharding
 from finetune_trainer.dist import Group
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune_api.recipe import Strategy
+from finetune_api.hyperparameters import Strategy
 
 if TYPE_CHECKING:
     import torch

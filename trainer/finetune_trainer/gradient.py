@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune_api.recipe import Adversarial, Hyperparameters, Precision
+from finetune_api.hyperparameters import Adversarial, Hyperparameters, Precision
 from finetune_trainer import compiling
 from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure

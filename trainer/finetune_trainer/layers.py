@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from finetune_api.recipe import Hyperparameters
+from finetune_api.hyperparameters import Hyperparameters
 from finetune_trainer.errors import TrainingFailure
 
 if TYPE_CHECKING:

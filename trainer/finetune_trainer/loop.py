@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune_api import Recipe
-from finetune_api.recipe import Precision
+from finetune_api.hyperparameters import Precision
 from finetune_trainer import layers, optim, selection, sharding, snapshot, vocabulary
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.data import plan

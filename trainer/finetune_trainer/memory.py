@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetune_api.recipe import Hyperparameters
+from finetune_api.hyperparameters import Hyperparameters
 from finetune_trainer import snapshot
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.dist import Group

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_api.hyperparameters import Dropout
 from finetune_api.model_source import Pooling
-from finetune_api.recipe import Dropout, Recipe
+from finetune_api.recipe import Recipe
 from finetune_api.tasks import Task
 from finetune_trainer import adapters, hub, shortcuts
 from finetune_trainer.config import Runtime

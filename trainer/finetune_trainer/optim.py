@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from finetune_api.hyperparameters import Hyperparameters, Schedule, ScheduleType
 from finetune_api.model_source import Pooling
-from finetune_api.recipe import Hyperparameters, Recipe, Schedule, ScheduleType
+from finetune_api.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,7 @@
 import math
 
 from finetune_api import Recipe
-from finetune_api.recipe import ScheduleType
+from finetune_api.hyperparameters import ScheduleType
 from finetune_trainer.snapshot import TrainState
 from finetune_trainer.tasks import Evaluated
 

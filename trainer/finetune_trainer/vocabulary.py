@@ -22,7 +22,7 @@ from finetune_trainer.layers import trainable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from finetune_api.recipe import Hyperparameters
+    from finetune_api.hyperparameters import Hyperparameters
 
 WORTHWHILE = 0.5
 """Share of the rows above which there is nothing to gain."""

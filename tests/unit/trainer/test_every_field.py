@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer_kit import LABELS, Job, make_model, merged
 
 from finetune_api.base import Model
-from finetune_api.recipe import Freeze, Hyperparameters, Recipe, Unfreeze
+from finetune_api.hyperparameters import Freeze, Hyperparameters, Unfreeze
+from finetune_api.recipe import Recipe
 from finetune_trainer import layers, model, optim
 from finetune_trainer.splits import read_splits
 from finetune_trainer.tasks import Encoded, Examples, Ragged, kind_of

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from trainer_kit import Job, Killed
 
-from finetune_api.recipe import Dataset, Freeze, Hyperparameters, Precision, Schedule, Unfreeze
+from finetune_api.hyperparameters import Freeze, Hyperparameters, Precision, Schedule, Unfreeze
+from finetune_api.recipe import Dataset
 from finetune_api.tasks import Task
 from finetune_trainer import layers, optim
 from finetune_trainer.data import collate

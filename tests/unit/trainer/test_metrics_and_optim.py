@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_recall_fscore_support, recall_score
 
-from finetune_api.recipe import Recipe, Schedule, ScheduleType
+from finetune_api.hyperparameters import Schedule, ScheduleType
+from finetune_api.recipe import Recipe
 from finetune_trainer import metrics, optim
 
 CLASSES = 4

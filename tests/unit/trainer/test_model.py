@@ -9,7 +9,8 @@ import torch
 from trainer_kit import LABELS, Job, make_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from finetune_api.recipe import Dataset, Dropout
+from finetune_api.hyperparameters import Dropout
+from finetune_api.recipe import Dataset
 from finetune_api.tasks import Task
 from finetune_trainer import model
 from finetune_trainer.errors import TrainingFailure

@@ -7,7 +7,7 @@ import torch
 from trainer_kit import Job
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from finetune_api.recipe import Dropout
+from finetune_api.hyperparameters import Dropout
 from finetune_trainer import model, shortcuts
 
 TINY: dict[str, Any] = {

@@ -123,7 +123,7 @@ def test_embeddings_that_train_are_narrowed(wide: Job, hyperparameters: dict[str
 def test_embeddings_that_the_head_shares_stay_whole() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from finetune_api.recipe import Hyperparameters
+    from finetune_api.hyperparameters import Hyperparameters
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, n_positions=16))
     vocabulary.narrow(model, Hyperparameters(), np.array([1, 2], dtype=np.int32), 0)
