@@ -10,7 +10,7 @@ from finetune_api.hyperparameters import Dropout
 from finetune_api.model_source import Pooling
 from finetune_api.recipe import Recipe
 from finetune_api.tasks import Task
-from finetune_trainer import adapters, hub, shortcuts
+from finetune_trainer import adapters, hub
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.store import FolderStore, fetch_folder
@@ -143,6 +143,8 @@ def build(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.model.lora is not None:
         adapters.add(model, recipe.model.lora, recipe.model.uri, trained)
+    from finetune_trainer import shortcuts
+
     fields = [f for group in DROPOUT_FIELDS["attention"] for f in group]
     shortcuts.take(model, attention_dropout=any(getattr(model.config, f, None) for f in fields))
     return model

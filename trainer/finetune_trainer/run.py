@@ -18,7 +18,7 @@ from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, 
 from finetune_api.model_source import Pooling
 from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
 from finetune_api.tasks import Task
-from finetune_trainer import adapters, model, token_cache, vocabulary
+from finetune_trainer import adapters, model, token_cache
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
 from finetune_trainer.dist import Group
@@ -104,6 +104,8 @@ class Run:
     # ------------------------------------------------------------------------------------------------------- train -----
     def _train(self, splits: Splits, poster: Poster) -> EndReport:
         import torch
+
+        from finetune_trainer import vocabulary
 
         recipe, scratch = self.recipe, self.runtime.workdir
         if recipe.hyperparameters.deterministic:
@@ -370,6 +372,8 @@ def save_model(
     elif getattr(trained, "peft_config", None):
         adapters.save(trained, folder)
     else:
+        from finetune_trainer import vocabulary
+
         weights = weights if weights is not None else vocabulary.whole_weights(trained, trained.state_dict())
         trained.save_pretrained(folder, state_dict=weights, max_shard_size=ONE_FILE)
     tokenizer.save_pretrained(folder)
