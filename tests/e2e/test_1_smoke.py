@@ -76,7 +76,7 @@ def test_the_example_as_it_is_in_the_readme(installed: World, jobs: Jobs, tmp_pa
 
 
 def test_suspended_in_the_middle_it_saves_and_goes_on_from_there(jobs: Jobs) -> None:
-    made = job(jobs, "paused", epochs=40)
+    made = job(jobs, "paused", epochs=20)
     # Nothing but SIGTERM makes a checkpoint in the middle of this run.
     made["spec"] |= {"checkpoint": {"everySteps": NEVER}, "evaluation": {"everySteps": NEVER}}
     jobs.apply(made)
@@ -84,10 +84,10 @@ def test_suspended_in_the_middle_it_saves_and_goes_on_from_there(jobs: Jobs) -> 
     assert "checkpoint" not in jobs.status("paused")
     jobs.patch("paused", {"suspend": True})
     saved = jobs.wait_state("paused", "Suspended")["checkpoint"]["step"]
-    assert 0 < saved < 40 * 75
+    assert 0 < saved < 20 * 75
     wait(lambda: not jobs.list("pods"), "no pods while it is suspended", 60)
     jobs.patch("paused", {"suspend": False})
-    status = jobs.wait_state("paused", "Complete", 240)
+    status = jobs.wait_state("paused", "Complete", 600)
     assert status["resumedFrom"]["step"] == saved, "what SIGTERM saved is where it goes on"
     assert status["restarts"] == 0
 
