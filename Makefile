@@ -46,7 +46,7 @@ endif
 
 bench: bench-trainer bench-few-shot ## every benchmark; each prints its table and writes build/bench/NAME.json
 
-bench-trainer: $(VENV)/dev.stamp ## the trainer's speed and quality beside Hugging Face's Trainer (about 25 minutes)
+bench-trainer: $(VENV)/dev.stamp ## the trainer's speed and quality beside Hugging Face's Trainer (about 30 minutes)
 	$(BIN)/python benchmarks/trainer.py
 
 bench-few-shot: $(VENV)/demo.stamp ## what 8, 32 and 128 examples of each class are worth, ours beside logistic regression (about 15 CPU-minutes)
