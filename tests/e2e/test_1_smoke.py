@@ -43,7 +43,7 @@ def wait_checkpoint(jobs: Jobs, name: str, beyond: int = 0) -> int:
         found: int = (jobs.status(name).get("checkpoint") or {}).get("step") or 0
         return found if found > beyond else None
 
-    found: int = wait(step, f"a checkpoint of {name} beyond step {beyond}", 120)
+    found: int = wait(step, f"a checkpoint of {name} beyond step {beyond}", 300)
     return found
 
 
@@ -53,10 +53,10 @@ def test_the_example_as_it_is_in_the_readme(installed: World, jobs: Jobs, tmp_pa
     example["spec"]["output"]["storageUri"] = f"s3://{DATA}/{jobs.namespace}/model"
     jobs.apply(example)
     name = example["metadata"]["name"]
-    seen = wait(lambda: (jobs.status(name).get("trainerStatus") or {}).get("progressPercentage"), "progress", 150)
+    seen = wait(lambda: (jobs.status(name).get("trainerStatus") or {}).get("progressPercentage"), "progress", 300)
     assert 0 < seen <= 100
     assert "step " in installed.kubectl("-n", jobs.namespace, "logs", f"job/{name}-1").stdout
-    status = jobs.wait_state(name, "Complete", 240)
+    status = jobs.wait_state(name, "Complete", 500)
     assert status["attempt"] == 1
     uri = f"s3://{DATA}/{jobs.namespace}/model"
     assert status["result"]["modelUri"] == f"{uri}/model"
@@ -80,7 +80,7 @@ def test_suspended_in_the_middle_it_saves_and_goes_on_from_there(jobs: Jobs) -> 
     # Nothing but SIGTERM makes a checkpoint in the middle of this run.
     made["spec"] |= {"checkpoint": {"everySteps": NEVER}, "evaluation": {"everySteps": NEVER}}
     jobs.apply(made)
-    wait(lambda: jobs.status("paused").get("trainerStatus"), "progress", 120)
+    wait(lambda: jobs.status("paused").get("trainerStatus"), "progress", 300)
     assert "checkpoint" not in jobs.status("paused")
     jobs.patch("paused", {"suspend": True})
     saved = jobs.wait_state("paused", "Suspended")["checkpoint"]["step"]
@@ -96,7 +96,7 @@ def test_a_deleted_pod_is_a_restart_from_the_checkpoint(installed: World, jobs: 
     jobs.apply(job(jobs, "deleted"))
     saved = wait_checkpoint(jobs, "deleted")
     installed.kubectl("-n", jobs.namespace, "delete", "pod", jobs.wait_pod("deleted-1"), "--wait=false")
-    status = jobs.wait_state("deleted", "Complete", 240)
+    status = jobs.wait_state("deleted", "Complete", 500)
     assert (status["attempt"], status["restarts"]) == (2, 1)
     assert status["resumedFrom"]["step"] >= saved
 
@@ -104,7 +104,7 @@ def test_a_deleted_pod_is_a_restart_from_the_checkpoint(installed: World, jobs: 
 def test_out_of_memory_is_told(jobs: Jobs) -> None:
     limits = {"requests": {"memory": "150Mi"}, "limits": {"memory": "150Mi"}}  # importing torch takes more
     jobs.apply(job(jobs, "small", failurePolicy={"maxRestarts": 1}, trainer=trainer(resourcesPerNode=limits)))
-    status = jobs.wait_state("small", "Failed", 180)
+    status = jobs.wait_state("small", "Failed", 400)
     failed = jobs.condition("small", "Failed")
     assert failed["reason"] == "OOMKilled", failed
     assert status["restartsCountTowardsMax"] == 1
@@ -154,7 +154,7 @@ def test_a_drained_node_is_a_disruption(installed: World, jobs: Jobs) -> None:
         )
     finally:
         installed.kubectl("uncordon", node)
-    status = jobs.wait_state("moved", "Complete", 240)
+    status = jobs.wait_state("moved", "Complete", 500)
     assert (status["restarts"], status.get("restartsCountTowardsMax", 0)) == (1, 0)
     assert status["resumedFrom"]["step"] >= saved
 

@@ -10,7 +10,7 @@ import yaml
 from testcluster import Cluster
 
 Object = dict[str, Any]
-PATIENCE = 240.0  # seconds; the machine may be busy with anything, and only a failure waits so long
+PATIENCE = 400.0  # seconds; the machine may be busy with anything, and only a failure waits so long
 
 
 def manifest(name: str, **spec: Any) -> Object:

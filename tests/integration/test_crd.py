@@ -233,6 +233,8 @@ def full_status() -> FineTuneJobStatus:
             "attempt": 2,
             "restarts": 1,
             "restartsCountTowardsMax": 1,
+            "disruptionsInARow": 1,
+            "restartTime": now,
             "trainerStatus": {
                 "progressPercentage": 100,
                 "estimatedRemainingSeconds": 0,

@@ -406,7 +406,7 @@ def test_saving_adapters_asks_no_hub(job: Job, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", asked)
     (tmp_path / "mirror/org").mkdir(parents=True)
-    (tmp_path / "mirror/org/tiny").symlink_to(job.model)
+    (tmp_path / "mirror/org/tiny@v1").symlink_to(job.model)
     mine = replace(job, mirror=str(tmp_path / "mirror"), changes={"model": {"uri": "hf://org/tiny@v1", "lora": {"merge": False}}})
     mine.run()
     assert json.loads((mine.output / "model/adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
