@@ -5,7 +5,6 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,10 +38,10 @@ def rows_that_fit(limit: int, *, training: bool = True, backward: bool = False) 
 
 
 if __name__ == "__main__":
-    from finetune_trainer.__main__ import main
+    from finetune_trainer.__main__ import end, main
 
     full = os.environ.get("FULL_RANK", os.environ["RANK"]) == os.environ["RANK"]
     with rows_that_fit(
         int(os.environ["ROWS_THAT_FIT"]) if full else 10**6, training=os.environ.get("IN", "training") == "training"
     ):
-        sys.exit(main())
+        end(main())

@@ -106,4 +106,4 @@ if __name__ == "__main__":
             line = json.dumps(compare(name, group, decoder=decoder))
             if group.leads:
                 sys.stdout.write(line + "\n")
-    group.leave()
+    torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from typing import NoReturn
 
 
 def main() -> int:
@@ -21,12 +22,18 @@ def main() -> int:
     return run(stopping)
 
 
-if __name__ == "__main__":
-    code = main()
+def end(code: int) -> NoReturn:
+    """The process, with this exit code."""
     from finetune_trainer import trackers
 
-    if trackers.left_behind():
+    # One of several processes has threads of gloo or NCCL. When the interpreter takes them down in its own order, it now and then aborts,
+    # and torchrun would take that for a failure of a training that is done.
+    if trackers.left_behind() or os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    end(main())

@@ -5,7 +5,6 @@ checkpoints and reports progress. What is agreed goes through gloo, so that it n
 accelerator's own library where there is one.
 """
 
-import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,14 +40,6 @@ class Group:
             torch.cuda.set_device(group.device())
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return group
-
-    def leave(self) -> None:
-        """Without waiting for the others."""
-        if self.size > 1:
-            from torch import distributed
-
-            gc.collect()  # what still shares gradients ends before the group does: it has threads of its own
-            distributed.destroy_process_group()
 
     @property
     def leads(self) -> bool:

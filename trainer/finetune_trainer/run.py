@@ -294,6 +294,7 @@ class Run:
             adapters.merge(best)
         scores = {s: loop.scores(best, e) for s, e in encoded.items() if s != "train"}
         weights = sharding.weights(best, self.group)
+        self.group.tell(None)  # nobody goes away before the leader has all parts
         if not self.group.leads:
             return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
         metrics: list[MetricValue] = [m for split, score in scores.items() for m in score.named(split)]

@@ -90,11 +90,21 @@ def test_without_a_compiler_it_is_told_at_once(job: Job, monkeypatch: pytest.Mon
 
 def test_what_the_compiler_refuses_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that is there and does not work."""
+    import torch._inductor.config
+    from torch._inductor.utils import fresh_cache
+
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(
-        TrainingFailure, match=r"hyperparameters\.compile: torch\.compile cannot compile this model here"
-    ) as failed:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("false",))  # it has read the variable when it was imported
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    torch._dynamo.reset()
+    with (
+        fresh_cache(),  # what a compiler has made before does not count
+        pytest.raises(
+            TrainingFailure, match=r"hyperparameters\.compile: torch\.compile cannot compile this model here"
+        ) as failed,
+    ):
         run(job, "broken", {**PLAIN, "compile": True})
+    torch._dynamo.reset()
     assert failed.value.failure.reason == "RecipeInvalid"
 
 

@@ -133,10 +133,8 @@ def test_a_decoder_in_sixteen_bits(recipe: dict[str, Any], tmp_path: Path) -> No
     """Weights are gathered in 16 bits, where autocast rounds them when it needs them: near, and not the same."""
     folder = tmp_path / "model"
     tiny_decoder(folder)
-    rows = [
-        {"prompt": f"it was {word}", "completion": "good quick" if i % 2 else "late"} for i, word in enumerate(["my", "so"] * 12)
-    ]
-    for split in ("train", "validation"):
+    for split, words in (("train", ["my", "so"] * 12), ("validation", ["the", "is"])):
+        rows = [{"prompt": f"it was {word}", "completion": "good quick" if i % 2 else "late"} for i, word in enumerate(words)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": "train.jsonl", "validation": "validation.jsonl", "uri": f"file://{tmp_path}", "maxLength": 16}
     decoder = {
