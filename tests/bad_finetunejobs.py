@@ -159,7 +159,6 @@ BAD: tuple[Bad, ...] = (
     ),
     Bad("mcc-of-several", {"spec.dataset.multiLabel": {}, "spec.evaluation.bestMetric": "mcc"}, "evaluation.bestMetric"),
     Bad("fgm-with-adapters", {"spec.model.lora": {}, "spec.hyperparameters.adversarial": {}}, "hyperparameters.adversarial"),
-    Bad("sharded-adapters", {"spec.model.lora": {}, "spec.hyperparameters.strategy": "FSDP"}, "hyperparameters.strategy"),
     _spec("adapters-of-rank-0", "model.lora.rank", 0),
     _spec("threshold-of-1", "dataset.multiLabel", {"threshold": 1}, "threshold"),
     # --- few examples ---

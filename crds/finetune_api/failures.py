@@ -38,7 +38,9 @@ FAILURES: tuple[FailureClass, ...] = (
     FailureClass("StorageNotFound", 15, False, True, "the bucket or folder does not exist"),
     FailureClass("NonFiniteLoss", 16, False, True, "the loss became NaN or infinite"),
     FailureClass("CheckpointCorrupt", 17, False, True, "checkpoints exist and none of them can be read"),
-    FailureClass("CudaOutOfMemory", 18, True, True, "the accelerator's memory is too small for the batch"),
+    FailureClass(
+        "CudaOutOfMemory", 18, True, True, "the accelerator's memory is too small; a new attempt computes fewer examples at once"
+    ),
     FailureClass("StorageUnavailable", 19, True, True, "the storage did not answer, or answered with server errors"),
     FailureClass("Interrupted", 20, True, False, "the pod was asked to end (SIGTERM) and saved what it had"),
     # Counted: two jobs that share an output take it from each other, attempt by attempt, and that must end.

@@ -229,12 +229,6 @@ RULES: tuple[Rule, ...] = (
         "!has(self.model.lora) || !has(self.hyperparameters.adversarial)",
         lambda r: r.model.lora is None or r.hyperparameters.adversarial is None,
     ),
-    Rule(
-        "hyperparameters.strategy",
-        "FSDP does not go with model.lora",
-        "!has(self.model.lora) || self.hyperparameters.strategy != 'FSDP'",
-        lambda r: r.model.lora is None or r.hyperparameters.strategy != "FSDP",
-    ),
     *(_metric_rule(task, metrics) for task, metrics in METRICS.items()),
     Rule(
         "evaluation.bestMetric",

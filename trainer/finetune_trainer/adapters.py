@@ -10,6 +10,7 @@ from finetune_api.model_source import Lora
 from finetune_trainer.errors import TrainingFailure
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 NAME = "default"
@@ -70,15 +71,15 @@ def _heads(model: "PreTrainedModel") -> list[str] | None:
     ] or None
 
 
-def save(model: "PreTrainedModel", folder: Path) -> None:
-    """The adapters alone, as peft has them."""
+def save(model: "PreTrainedModel", folder: Path, weights: "dict[str, torch.Tensor] | None" = None) -> None:
+    """The adapters alone, as peft has them; `weights` are those of a model that has but a part of them itself."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     # Asked to find out about the embeddings by itself, peft looks for the model at the hub, at every save.
-    weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
-    save_file({_PREFIX + name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    own = get_peft_model_state_dict(model, weights, adapter_name=NAME, save_embedding_layers=False)
+    save_file({_PREFIX + name: w.contiguous() for name, w in own.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
     model.peft_config[NAME].save_pretrained(folder)
 
 

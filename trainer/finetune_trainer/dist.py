@@ -6,6 +6,7 @@ accelerator's own library where there is one.
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class Group:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         # Not every architecture uses all of its parameters. A static graph would do as well, but its first step after a resume adds up in
         # another order than later ones: with three processes or more the weights would no longer agree bit for bit.
         return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)

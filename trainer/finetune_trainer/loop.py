@@ -3,8 +3,8 @@
 A run that is cut off anywhere and goes on from a checkpoint does the same arithmetic as one that was never cut off: batches are a
 pure function of (seed, epoch), the learning rate is one of the step, and dropout's random state is part of the checkpoint.
 
-Several processes (dist.py) share each global batch out; every process takes the same step with the same gradient. What it means for
-the training is with others: the gradient (gradient.py), how much fits at once (memory.py), an evaluation (selection.py).
+Several processes (dist.py) share each global batch out; every process takes the same step with the same gradient. Who else has a part:
+gradient.py (forward, backward), memory.py (how much at once), sharding.py (a model that is cut up), selection.py (what an evaluation means).
 """
 
 import math

@@ -290,13 +290,16 @@ class Run:
         """Scores the best model, test data included; the leader writes model/ and then result.json."""
         from finetune_trainer import sharding
 
-        if self.recipe.model.lora and self.recipe.model.lora.merge:
+        merge = self.recipe.model.lora is not None and self.recipe.model.lora.merge
+        if merge and not self.group.sharded:
             adapters.merge(best)
         scores = {s: loop.scores(best, e) for s, e in encoded.items() if s != "train"}
         weights = sharding.weights(best, self.group)
         self.group.tell(None)  # nobody goes away before the leader has all parts
         if not self.group.leads:
             return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
+        if merge and weights is not None:
+            best, weights = self._merged(best, weights, tokenizer), None
         metrics: list[MetricValue] = [m for split, score in scores.items() for m in score.named(split)]
         for split, score in scores.items():
             trackers.scalars({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
@@ -333,6 +336,14 @@ class Run:
             resumed_from=self.resumed_from,
             evaluations=thin(file.evaluations),
         )
+
+    def _merged(self, trained: "PreTrainedModel", weights: "Weights", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+        """The adapters of a model that is cut up, in the weights of a whole one; that is put together in the leader's memory."""
+        folder = self.runtime.workdir / "adapters"
+        adapters.save(trained, folder, weights)
+        whole = model.build(self.source, self.recipe, self.kind, tokenizer, folder)
+        adapters.merge(whole)
+        return whole
 
     def _upload_logs(self, folder: Path, execution: int) -> None:
         try:
@@ -371,7 +382,7 @@ def save_model(
 
         pooling.save_head(trained, folder)
     elif getattr(trained, "peft_config", None):
-        adapters.save(trained, folder)
+        adapters.save(trained, folder, weights)
     else:
         from finetune_trainer import vocabulary
 

@@ -92,8 +92,12 @@ def whole(tensors: Mapping[str, torch.Tensor], group: Group) -> Weights:
 
 
 def weights(model: "PreTrainedModel", group: Group) -> Weights | None:
-    """Of a sharded model, for its file: see `whole`. None for a model that has them all itself."""
-    return whole(model.state_dict(keep_vars=True), group) if group.sharded else None
+    """Of a sharded model, what is in its file: see `whole`. None for a model that has them all itself."""
+    if not group.sharded:
+        return None
+    adapted = bool(getattr(model, "peft_config", None))
+    saved = {n: t for n, t in model.state_dict(keep_vars=True).items() if layers.of_adapter(n) or not adapted}
+    return whole(saved, group)
 
 
 def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from processes_kit import Training, bits, make_recipe
 from safetensors import safe_open
+from safetensors.torch import load_file
 from trainer_kit import merged
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -150,6 +151,23 @@ def test_a_decoder_in_sixteen_bits(recipe: dict[str, Any], tmp_path: Path) -> No
     assert two.losses() == pytest.approx(one.losses(), rel=3e-2)
     assert two.losses()[-1] < 0.8 * two.losses()[0]
     assert {w.dtype for w in two.weights().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_go_with_it(recipe: dict[str, Any], tmp_path: Path, *, merge: bool) -> None:
+    """Whole models in the output, or the adapters alone; a run that goes on from a checkpoint of either kind."""
+    lora = {"model": {"lora": {"rank": 2, "alpha": 4, "dropout": 0.0, "merge": merge}}, "hyperparameters": {"maxSteps": 12}}
+    changed = merged(recipe, lora)
+    one, two = Training(changed, tmp_path / "1", 1), Training(merged(changed, SHARDED), tmp_path / "2", 2)
+    alone, together = one.run(), two.run()
+    assert evaluations(together) == pytest.approx(evaluations(alone), rel=1e-4)
+    assert layout(two.output / "model") == layout(one.output / "model")
+    assert layout(two.checkpoint(12)) == layout(one.checkpoint(12))
+    file = next((one.output / "model").glob("*.safetensors")).name
+    for name, value in load_file(two.output / "model" / file).items():
+        torch.testing.assert_close(value, load_file(one.output / "model" / file)[name], rtol=1e-3, atol=1e-5)
+    two.cut(7)
+    assert two.changed(1, strategy="Auto").run()["steps"] == 12
 
 
 def test_an_evaluation_out_of_memory_leaves_word_for_the_next_attempt(recipe: dict[str, Any], tmp_path: Path) -> None:
