@@ -96,7 +96,7 @@ def weights(model: "PreTrainedModel", group: Group) -> Weights | None:
     if not group.sharded:
         return None
     adapted = bool(getattr(model, "peft_config", None))
-    saved = {n: t for n, t in model.state_dict(keep_vars=True).items() if layers.of_adapter(n) or not adapted}
+    saved = {n: t for n, t in model.state_dict(keep_vars=True).items() if layers.of_addition(n) or not adapted}
     return whole(saved, group)
 
 
