@@ -17,6 +17,7 @@ import pytest
 from finetune_api.report import EndReport, Outcome
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import Missing, Store, open_store
 from testcluster import S3Server
 
@@ -132,7 +133,7 @@ def test_of_many_writers_one_wins(store: Store) -> None:
 
 
 def test_executions_that_begin_together_get_different_numbers(store: Store, tmp_path: Path) -> None:
-    made = [Checkpoints(store, tmp_path / str(n), "d" * 64, keep_last=1, overwrite=False) for n in range(4)]
+    made = [Checkpoints(store, tmp_path / str(n), Lineage("d" * 64), keep_last=1, overwrite=False) for n in range(4)]
     threads = [threading.Thread(target=c.begin, args=(step,)) for step, c in enumerate(made)]
     for thread in threads:
         thread.start()

@@ -71,8 +71,8 @@ def _heads(model: "PreTrainedModel") -> list[str] | None:
     ] or None
 
 
-def save(model: "PreTrainedModel", folder: Path, weights: "dict[str, torch.Tensor] | None" = None) -> None:
-    """The adapters alone, as peft has them; `weights` are those of a model that has but a part of them itself."""
+def save(model: "PreTrainedModel", folder: Path, weights: "dict[str, torch.Tensor]") -> None:
+    """The adapters alone, as peft has them, of these weights of the model."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

@@ -7,17 +7,20 @@ Layout below the checkpoint uri (every model/ loads with from_pretrained; tensor
     step-00000480-0002/trainer/...       optimizer, random state, progress
     step-00000480-0002/MANIFEST.json     written last, if absent: without it the step does not exist
     micro-batch.json                     {"rows": 8}: an execution was out of memory with 16 at once (memory.py)
+    LATEST.json, BEST.json               {"checkpoint": "step-00000480-0002"}: hints for people; readers look at the manifests
 
 A reader takes the newest step whose every file matches the manifest's size and sha256, and falls back to older ones. An execution
 that was only thought dead may go on writing: its steps beyond the point where a newer execution started are ignored.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,13 +29,17 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.finetunejob import CheckpointStatus
+from finetune_api.report import MAX_REFUSED, Refused, Saving
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import Missing, Store, is_plain, sweep
 
 MANIFEST = "MANIFEST.json"
 _STEP = re.compile(r"(step-[0-9]+-([0-9]+))/.+")
 _EXECUTION = re.compile(r"executions/([0-9]+)\.json")
 MICRO_BATCH = "micro-batch.json"
+WORTH_A_COPY = 1 << 20
+"""Bytes from which on a copy at the storage, two requests, is better than sending it again."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +62,30 @@ class Checkpoints:
     """The checkpoints of one job, seen and written by one execution."""
 
     def __init__(
-        self, store: Store, scratch: Path, digest: str, *, keep_last: int, overwrite: bool, log: Callable[[str], None] = print
+        self,
+        store: Store,
+        scratch: Path,
+        lineage: Lineage,
+        *,
+        keep_last: int,
+        overwrite: bool,
+        log: Callable[[str], None] = print,
     ) -> None:
         self.store = store
         self.scratch = scratch
-        self.digest = digest
+        self.lineage = lineage
         self.keep_last = keep_last
         self.overwrite = overwrite
         self.log = log
         self.execution = 0
         self.best: str | None = None
         """Name of the checkpoint with the best model: never deleted."""
+        self.saving = Saving()
+        self._counting = threading.Lock()
+        self.refused: list[Refused] = []
+        """Committed checkpoints that could not be used, newest first."""
+        self._stored: dict[str, tuple[str, str]] = {}
+        """Of the newest checkpoint: file -> sha256, key."""
         self._rubbish: dict[str, None] = {}
         """Keys that are to be deleted, in this order."""
         self._told_denied = False
@@ -76,14 +96,17 @@ class Checkpoints:
     def committed(self) -> list[Checkpoint]:
         """All committed checkpoints of this recipe that count, newest first."""
         found, _ = self._found(self.store.list())
-        foreign = [c for c in found if c.manifest["recipe"] != self.digest]
-        if foreign and not self.overwrite:
-            raise TrainingFailure(
-                "OutputExists",
-                f"{self.store.uri} holds checkpoints of another recipe: change output.storageUri, or set output.overwrite: true "
-                "to train anew",
-            )
-        ours = [c for c in found if c.manifest["recipe"] == self.digest]
+        ours = []
+        for checkpoint in found:
+            if differs := self.lineage.differences(checkpoint.manifest):
+                if not self.overwrite:
+                    raise TrainingFailure(
+                        "OutputExists",
+                        f"{self.store.uri} holds checkpoints of another recipe ({differs}): change output.storageUri, or set "
+                        "output.overwrite: true to train anew",
+                    )
+            else:
+                ours.append(checkpoint)
         return sorted(ours, key=lambda c: (c.step, c.manifest["execution"]), reverse=True)
 
     def _found(self, keys: list[str]) -> tuple[list[Checkpoint], list[Checkpoint]]:
@@ -108,8 +131,9 @@ class Checkpoints:
             # Told now and not after hours of training, when the best model is to be restored.
             best = checkpoint.manifest.get("best")
             if best in (None, checkpoint.name) or (best in by_name and self.fetch(by_name[best]) is not None):
+                self._remember(checkpoint)
                 return checkpoint, folder
-            self.log(f"checkpoint {checkpoint.name} is not used: {best}, its best model, cannot be read")
+            self._refuse(checkpoint, f"{best}, its best model, cannot be read")
         if candidates:
             raise TrainingFailure(
                 "CheckpointCorrupt",
@@ -125,18 +149,23 @@ class Checkpoints:
             try:
                 self.store.download(f"{checkpoint.name}/{file['path']}", target)
             except Missing:
-                self.log(f"checkpoint {checkpoint.name} is not used: {file['path']} is missing")
+                self._refuse(checkpoint, f"{file['path']} is missing")
                 return None
             if target.stat().st_size != file["size"] or _sha256(target) != file["sha256"]:
-                self.log(f"checkpoint {checkpoint.name} is not used: {file['path']} differs from its manifest")
+                self._refuse(checkpoint, f"{file['path']} differs from its manifest")
                 return None
         return folder
+
+    def _refuse(self, checkpoint: Checkpoint, why: str) -> None:
+        self.log(f"checkpoint {checkpoint.name} is not used: {why}")
+        if len(self.refused) < MAX_REFUSED:
+            self.refused.append(Refused(checkpoint=checkpoint.name, message=why))
 
     def micro_batch(self) -> int | None:
         """How many rows at once this recipe's executions are to try, where one was out of memory."""
         try:
             told = self._json(MICRO_BATCH)
-            if told["recipe"] == self.digest and int(told["rows"]) >= 1:
+            if told["recipe"] == self.lineage.digest and int(told["rows"]) >= 1:
                 return int(told["rows"])
         except Missing:
             pass
@@ -189,19 +218,34 @@ class Checkpoints:
 
     def tell_micro_batch(self, rows: int) -> None:
         """For the executions after this one; any process may say it."""
-        self.store.put(MICRO_BATCH, json.dumps({"rows": rows, "recipe": self.digest}).encode())
+        self.store.put(MICRO_BATCH, json.dumps({"rows": rows, "recipe": self.lineage.digest}).encode())
 
     def name(self, step: int) -> str:
         """Folder of this execution's checkpoint at this step."""
         return f"step-{step:08d}-{self.execution:04d}"
 
-    def save(self, step: int, stage: Callable[[Path], None], done: Callable[[Checkpoint], None]) -> None:
-        """Stages now, uploads and commits in the background; waits first if the save before is still on its way."""
+    @property
+    def busy(self) -> bool:
+        """Whether a save is on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, step: int, hold: Callable[[], Callable[[Path], None]], done: Callable[[Checkpoint], None]) -> None:
+        """Has `hold` copy what is to be saved; what that returns writes it into a folder, in the background, where it is uploaded and
+        committed. One save is on its way at a time: waits first for the one before."""
+        began = time.perf_counter()
         self.wait()
-        folder = self.scratch / "staged" / self.name(step)
-        stage(folder)
-        self._thread = threading.Thread(target=self._commit, args=(step, folder, self.best, done), name="checkpoint")
+        write = hold()
+        self._thread = threading.Thread(target=self._commit, args=(step, write, self.best, done), name="checkpoint")
         self._thread.start()
+        self._count(blocking_seconds=time.perf_counter() - began)
+
+    def skip(self) -> None:
+        """A save that was due was left out."""
+        self._count(skipped=1)
+
+    def _count(self, **more: float) -> None:
+        with self._counting:  # both threads count
+            self.saving = self.saving.model_copy(update={name: getattr(self.saving, name) + n for name, n in more.items()})
 
     def wait(self) -> None:
         """Until nothing is on its way. Raises what went wrong in the background."""
@@ -222,31 +266,83 @@ class Checkpoints:
                 "same recipe writes there too, give each an output.storageUri of its own",
             )
 
-    def _commit(self, step: int, folder: Path, best: str | None, done: Callable[[Checkpoint], None]) -> None:
+    def _commit(self, step: int, write: Callable[[Path], None], best: str | None, done: Callable[[Checkpoint], None]) -> None:
         try:
             name = self.name(step)
-            files = []
-            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                key = path.relative_to(folder).as_posix()
-                self.store.upload(path, f"{name}/{key}")
-                files.append({"path": key, "size": path.stat().st_size, "sha256": _sha256(path)})
+            folder = self.scratch / "staged" / name
+            with self._room(folder):
+                shutil.rmtree(folder.parent, ignore_errors=True)  # of a save that failed
+                write(folder)
             manifest = {
                 "step": step,
                 "execution": self.execution,
-                "recipe": self.digest,
+                **self.lineage.facts,
                 "best": best,
                 "time": _now(),
-                "files": files,
+                "files": self._upload(name, folder),
             }
             if not self.store.put_if_absent(f"{name}/{MANIFEST}", json.dumps(manifest).encode()):
                 raise TrainingFailure("Superseded", f"{self.store.uri}/{name} was committed by somebody else")
+            self._remember(Checkpoint(name, manifest))
             shutil.rmtree(folder)
             self._check_not_replaced()
+            self._count(saves=1)
             done(Checkpoint(name, manifest))
             with self._only_told():
+                self.store.put("LATEST.json", json.dumps({"checkpoint": name}).encode())
+                if best is not None:
+                    self.store.put("BEST.json", json.dumps({"checkpoint": best}).encode())
                 self._delete_old()
         except BaseException as error:  # noqa: BLE001  (raised again in the training thread, by wait)
             self._error = error
+
+    def _upload(self, name: str, folder: Path) -> list[dict[str, Any]]:
+        """The manifest's files. What is the same as in the last commit is copied where it is."""
+        began = time.perf_counter()
+        files = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            key, size, sha256 = path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)
+            if not self._copied(key, size, sha256, f"{name}/{key}"):
+                self.store.upload(path, f"{name}/{key}")
+                self._count(uploaded_bytes=size)
+            files.append({"path": key, "size": size, "sha256": sha256})
+        arrived = self.store.sizes(f"{name}/")
+        for file in files:
+            there = arrived.get(key := f"{name}/{file['path']}", 0)
+            if there != file["size"]:
+                raise TrainingFailure(
+                    "StorageUnavailable", f"{self.store.uri}/{key} arrived with {there} of {file['size']} bytes"
+                )
+        self._count(upload_seconds=time.perf_counter() - began)
+        return files
+
+    def _remember(self, checkpoint: Checkpoint) -> None:
+        self._stored = {f["path"]: (f["sha256"], f"{checkpoint.name}/{f['path']}") for f in checkpoint.manifest["files"]}
+
+    def _copied(self, path: str, size: int, sha256: str, key: str) -> bool:
+        known, source = self._stored.get(path, ("", ""))
+        if known != sha256 or size < WORTH_A_COPY:
+            return False
+        try:
+            self.store.copy(source, key)
+        except Missing:  # somebody has deleted it
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _room(self, folder: Path) -> Iterator[None]:
+        """A full disk is told as one."""
+        try:
+            yield
+        except Exception as error:
+            # safetensors has an error of its own, with the system's words.
+            if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+                raise
+            raise TrainingFailure(
+                "StorageUnavailable",
+                f"the disk of {folder} is full: a checkpoint is put together there before it is uploaded; give the pod's work folder more "
+                "room (trainer.podTemplate)",
+            ) from error
 
     def _delete_old(self) -> None:
         found = self.committed()
@@ -268,7 +364,7 @@ class Checkpoints:
         keys = self.store.list()
         counting, overtaken = self._found(keys)
         kept = {key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")}
-        kept -= {c.name for c in overtaken if c.manifest["recipe"] == self.digest}
+        kept -= {c.name for c in overtaken if not self.lineage.differences(c.manifest)}
         kept |= {str(c.manifest.get("best")) for c in counting}
         steps = [match for key in keys if (match := _STEP.fullmatch(key))]
         found = [match[0] for match in steps if int(match[2]) < self.execution and match[1] not in kept]

@@ -11,7 +11,6 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ import torch
 
 from finetune_api import Recipe
 from finetune_api.hyperparameters import Precision
-from finetune_trainer import layers, optim, selection, sharding, snapshot, vocabulary
+from finetune_trainer import layers, optim, selection, sharding, snapshot
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.data import plan
 from finetune_trainer.dist import ALONE, Group
@@ -27,7 +26,7 @@ from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.evaluation import AT_ONCE, evaluate
 from finetune_trainer.gradient import DTYPES, Gradient, resolve
 from finetune_trainer.memory import Fit
-from finetune_trainer.sharding import Weights
+from finetune_trainer.saving import SaveModel, Saves
 from finetune_trainer.snapshot import TrainState
 from finetune_trainer.tasks import Encoded, Evaluated, TaskKind
 
@@ -46,7 +45,7 @@ class Loop:
     validation_data: Encoded
     pad: int
     checkpoints: Checkpoints
-    save_model: Callable[["PreTrainedModel", Path, Weights | None], None]
+    save_model: SaveModel
     stopping: threading.Event
     on_step: Callable[[float, float], None]
     on_evaluation: Callable[[Evaluated], None]
@@ -57,10 +56,11 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.hyper, self.device = self.recipe.hyperparameters, self.group.device()
-        self.state.vocabulary = words = vocabulary.digest(self.model)
+        self.state.data = data = self.train_data.digest
         if self.resumed is not None:
-            self.state = snapshot.progress(self.resumed, words)
+            self.state = snapshot.progress(self.resumed, data)
             self.checkpoints.best = self.state.best_checkpoint
+        snapshot.agree_on_threads(self.state, self.device)
         precision = Precision(self.state.precision or resolve(self.recipe.precision, self.device))
         self.state.precision = precision.value
         layers.check(self.model, self.hyper)
@@ -71,13 +71,14 @@ class Loop:
         planned = self.steps_per_epoch * self.hyper.epochs
         self.total_steps = min(planned, self.hyper.max_steps or planned)
         self._advice = f"lower hyperparameters.learningRate (it is {self.rate:g}) or maxGradNorm, or look for broken rows"
-        # The last step's loss, and how many processes were asked to end.
+        # The last step's loss, how many processes were asked to end, and whether the leader's clock asks for a save.
         self._told: torch.Tensor | None = None
-        self._ending = False
+        self._ending = self._save_asked = False
+        self.saves = Saves(self.recipe.checkpoint, self.checkpoints, self.group, self.save_model, self.on_commit)
         self.fit = Fit(self.hyper, self.state, self.checkpoints, self.group)
         self.gradient = Gradient(self.model, self.hyper, precision, self.kind, self.train_data, self.pad, self.group)
         if self.resumed is not None:
-            snapshot.restore(self.resumed, self.optimizer, self.gradient.scaler)
+            snapshot.restore(self.resumed, self.model, self.optimizer, self.gradient.scaler)
         layers.set_trainable(self.model, self.hyper, self.state.epoch)
         self.gradient.wrap()
         if self.resumed is not None:
@@ -118,7 +119,8 @@ class Loop:
             scaler.update()
             self._read_loss()  # of the step before: waiting for this one would stall an accelerator
             # A gradient that is not finite spoils the weights of this very step, whose loss was fine; a scaler leaves such a step out.
-            self._told = self.group.sum(torch.stack([loss, torch.full_like(loss, self.stopping.is_set())]))
+            flags = [torch.full_like(loss, asked) for asked in (self.stopping.is_set(), self.saves.by_the_clock)]
+            self._told = self.group.sum(torch.stack([loss, *flags]))
             if not scaler.is_enabled():
                 self._told[0] = torch.where(torch.isfinite(norm), self._told[0], norm)
             self._advance(len(rows))
@@ -140,8 +142,8 @@ class Loop:
     def _read_loss(self) -> None:
         if self._told is None:
             return
-        (value, asked), self._told = self._told.tolist(), None
-        self._ending = self._ending or asked > 0
+        (value, asked, clock), self._told = self._told.tolist(), None
+        self._ending, self._save_asked = self._ending or asked > 0, clock > 0
         if not math.isfinite(value):
             raise TrainingFailure("NonFiniteLoss", f"the loss became {value} near step {self.state.step}: {self._advice}")
         self._shown_loss = value
@@ -155,11 +157,10 @@ class Loop:
         else:
             due = state.batch == 0 and state.epoch % (policy.every_epochs or 1) == 0
         improved = self._evaluate() if due or last else False
-        every = self.recipe.checkpoint.every_steps
-        save = (state.step % every == 0) if every is not None else (due or last)
         if self.group.size == 1:
             self._ending = self.stopping.is_set()  # else all processes must have heard the same
-        if save or improved or self._ending:
+        must = improved or self._ending
+        if self.saves.due(state.step, evaluated=due or last, by_the_clock=self._save_asked, must=must):
             self._save()
         if self._ending:
             self.checkpoints.wait()
@@ -167,11 +168,7 @@ class Loop:
 
     def _save(self) -> None:
         self._read_loss()  # nothing is saved before its loss is known to be finite
-        tensors = snapshot.gather(self.model, self.optimizer, self.device, self.group)
-        if self.group.leads:
-            save_model = partial(self.save_model, self.model)
-            stage = partial(snapshot.stage, state=self.state, scaler=self.gradient.scaler, tensors=tensors, save_model=save_model)
-            self.checkpoints.save(self.state.step, stage, self.on_commit)
+        self.saves.save(self.state, self.model, self.optimizer, self.gradient.scaler)
 
     def scores(self, model: "PreTrainedModel", data: Encoded) -> Evaluated:
         """Of a model that has its place; to be called by all processes."""

@@ -152,6 +152,8 @@ def load(folder: Path, encoder: "PreTrainedModel", dropout: float = 0.0) -> Mean
     return MeanPooled(encoder, head)
 
 
-def save_head(model: MeanPooled, folder: Path) -> None:
+def save_head(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Of all weights of the model, those of the head."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(model.linear_head.state_dict(), folder / HEAD_FILE)
+    prefix = "linear_head."
+    save_file({name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}, folder / HEAD_FILE)

@@ -4,7 +4,6 @@ The cheap checks come first, so that a wrong bucket or a wrong column is told in
 """
 
 import io
-import json
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,12 @@ from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, 
 from finetune_api.model_source import Pooling
 from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
 from finetune_api.tasks import Task
-from finetune_trainer import adapters, model, token_cache
+from finetune_trainer import adapters, model, model_files, token_cache
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.config import Runtime
-from finetune_trainer.dist import Group
+from finetune_trainer.dist import ALONE, Group
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.lineage import Lineage, same_but_length
 from finetune_trainer.progress import Poster
 from finetune_trainer.report import Console, trainer_status
 from finetune_trainer.splits import Splits, read_splits
@@ -49,6 +49,9 @@ class Run:
     checkpoint: CheckpointStatus | None = None
     resumed_from: CheckpointStatus | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    _extends: bool = False
+    """Whether the output holds a result of this recipe with another length."""
 
     def __post_init__(self) -> None:
         self.kind = kind_of(self.recipe.task, self.recipe.dataset)
@@ -92,7 +95,16 @@ class Run:
             return EndReport(outcome=Outcome.ALREADY_COMPLETED, result=result.result)
         if self.recipe.output.overwrite:
             return None
+        if self._same_but_length(result):
+            self._extends = True  # its checkpoints say whether they can be gone on from
+            return None
         raise TrainingFailure("OutputExists", f"{self._result_uri()} is the result of another recipe; {_OTHER}")
+
+    def _same_but_length(self, result: ResultFile) -> bool:
+        try:
+            return same_but_length(Recipe.model_validate(result.recipe), self.recipe)
+        except ValueError:  # of a version that had other fields
+            return False
 
     def _result_uri(self) -> str:
         return f"{self.output.uri}/{names.RESULT_FILE}"
@@ -113,13 +125,16 @@ class Run:
         checkpoints = Checkpoints(
             open_store(recipe.checkpoint_uri, self.runtime.s3_root),
             scratch / "checkpoints",
-            recipe.digest(),
+            Lineage.of(recipe, len(splits["train"])),
             keep_last=recipe.checkpoint.keep_last,
             overwrite=recipe.output.overwrite,
             log=self.console.line,
         )
         checkpoints.store.check(writable=True)
         restored = self._restore(checkpoints)
+        if self._extends and restored is None:
+            message = f"{self._result_uri()} is the result of this recipe with another length, and its checkpoints are not there; {_OTHER}"
+            raise TrainingFailure("OutputExists", message)
         saved = restored[1] / "model" if restored else None
         self.source = saved if saved and not recipe.model.partly_saved else model.fetch(recipe.model.uri, self.runtime)
         tokenizer = model.load_tokenizer(saved or self.source, recipe)
@@ -253,7 +268,7 @@ class Run:
             validation_data=encoded["validation"],
             pad=int(tokenizer.pad_token_id),
             checkpoints=checkpoints,
-            save_model=lambda m, folder, weights: save_model(m, tokenizer, self.recipe, folder, weights),
+            save_model=lambda m, folder, weights, frozen: model_files.save(m, tokenizer, self.recipe, folder, weights, frozen),
             stopping=self.stopping,
             on_step=on_step,
             on_evaluation=on_evaluation,
@@ -288,25 +303,26 @@ class Run:
         trackers: Trackers,
     ) -> EndReport:
         """Scores the best model, test data included; the leader writes model/ and then result.json."""
-        from finetune_trainer import sharding
+        from finetune_trainer import snapshot
 
         merge = self.recipe.model.lora is not None and self.recipe.model.lora.merge
         if merge and not self.group.sharded:
             adapters.merge(best)
         scores = {s: loop.scores(best, e) for s, e in encoded.items() if s != "train"}
-        weights = sharding.weights(best, self.group)
+        weights = snapshot.weights(best, self.group)
         self.group.tell(None)  # nobody goes away before the leader has all parts
         if not self.group.leads:
             return EndReport(outcome=Outcome.COMPLETE, step=loop.state.step)
-        if merge and weights is not None:
-            best, weights = self._merged(best, weights, tokenizer), None
+        if merge and self.group.sharded:
+            best = self._merged(best, weights, tokenizer)
+            weights = snapshot.weights(best, ALONE)
         metrics: list[MetricValue] = [m for split, score in scores.items() for m in score.named(split)]
         for split, score in scores.items():
             trackers.scalars({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
         folder = self.runtime.workdir / "final"
-        save_model(best, tokenizer, self.recipe, folder, weights)
+        model_files.save(best, tokenizer, self.recipe, folder, weights)
         if self.recipe.model.pooling is Pooling.MEAN:
-            best.encoder.save_pretrained(folder, max_shard_size=ONE_FILE)
+            best.encoder.save_pretrained(folder, max_shard_size=model_files.ONE_FILE)
         # With output.overwrite another recipe's result is still there: a death in the upload must not leave it beside our model.
         self.output.delete(names.RESULT_FILE)
         upload_folder(folder, self.output, names.MODEL_DIR)
@@ -354,8 +370,6 @@ class Run:
             self.console.line(f"logs were not uploaded: {getattr(error, 'message', error)}")
 
 
-ONE_FILE = "1000GB"
-"""Of weights, whatever their size."""
 _OTHER = "change output.storageUri, or set output.overwrite: true to replace it"
 
 
@@ -364,39 +378,6 @@ def thin(evaluations: list[Evaluation]) -> list[Evaluation]:
     while len(evaluations) > 64:
         evaluations = [*evaluations[:-1:2], evaluations[-1]]
     return evaluations
-
-
-def save_model(
-    trained: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    recipe: Recipe,
-    folder: Path,
-    weights: "Weights | None" = None,
-) -> None:
-    """A stock model folder (from_pretrained loads it), or what trained beside one: its adapters, its head. With our card.
-
-    `weights` are those of a model that has but a part of them itself.
-    """
-    if recipe.model.pooling is Pooling.MEAN:
-        from finetune_trainer import pooling
-
-        pooling.save_head(trained, folder)
-    elif getattr(trained, "peft_config", None):
-        adapters.save(trained, folder, weights)
-    else:
-        from finetune_trainer import vocabulary
-
-        weights = weights if weights is not None else vocabulary.whole_weights(trained, trained.state_dict())
-        trained.save_pretrained(folder, state_dict=weights, max_shard_size=ONE_FILE)
-    tokenizer.save_pretrained(folder)
-    card = {
-        "task": recipe.task,
-        "model": recipe.model.uri,
-        "pooling": recipe.model.pooling,
-        "dataset": recipe.dataset.model_dump(mode="json", by_alias=True, exclude_none=True),
-        "recipeDigest": recipe.digest(),
-    }
-    (folder / names.MODEL_CARD_FILE).write_text(json.dumps(card, indent=1))
 
 
 def upload_folder(folder: Path, store: Store, prefix: str) -> None:

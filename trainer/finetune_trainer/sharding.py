@@ -91,15 +91,6 @@ def whole(tensors: Mapping[str, torch.Tensor], group: Group) -> Weights:
     return {name: made[id(tensor)] for name, tensor in tensors.items()} if group.leads else {}
 
 
-def weights(model: "PreTrainedModel", group: Group) -> Weights | None:
-    """Of a sharded model, what is in its file: see `whole`. None for a model that has them all itself."""
-    if not group.sharded:
-        return None
-    adapted = bool(getattr(model, "peft_config", None))
-    saved = {n: t for n, t in model.state_dict(keep_vars=True).items() if layers.of_addition(n) or not adapted}
-    return whole(saved, group)
-
-
 def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that it has whole, cut as `like` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -59,6 +59,12 @@ class Store(Protocol):
     def upload(self, path: Path, key: str) -> None: ...
     def download(self, key: str, path: Path) -> None: ...
     def list(self, prefix: str = "") -> "list[str]": ...
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of each object below the prefix."""
+
+    def copy(self, source: str, key: str) -> None:
+        """Another object with the same content, made where the store is. Raises Missing."""
+
     def delete(self, key: str) -> None: ...
     def discard_unfinished(self, prefix: str, age: timedelta = UNFINISHED) -> None:
         """Removes what writers that died left half written below the prefix, where it is older than `age`."""
@@ -129,6 +135,13 @@ class FolderStore:
         with self._errors(key):
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.root / key, path)
+
+    def copy(self, source: str, key: str) -> None:
+        self.upload(self.root / source, key)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        with self._errors(prefix):
+            return {key: (self.root / key).stat().st_size for key in self.list(prefix)}
 
     def list(self, prefix: str = "") -> list[str]:
         folder = self.root / prefix.rpartition("/")[0]
@@ -274,13 +287,21 @@ class S3Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.client.download_file(self.bucket, self._key(key), str(path))
 
+    def copy(self, source: str, key: str) -> None:
+        with self._errors(source):
+            # In parts where it is large.
+            self.client.copy({"Bucket": self.bucket, "Key": self._key(source)}, self.bucket, self._key(key))
+
     def list(self, prefix: str = "") -> list[str]:
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
         with self._errors(prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
             cut = len(self.prefix) + 1 if self.prefix else 0
             found = (o for page in pages for o in page.get("Contents", []))
             # Empty objects whose name ends in "/" stand for folders, where a console or a mounted bucket has made them.
-            return sorted(o["Key"][cut:] for o in found if o["Size"] > 0 or not o["Key"].endswith("/"))
+            return {o["Key"][cut:]: o["Size"] for o in found if o["Size"] > 0 or not o["Key"].endswith("/")}
 
     def delete(self, key: str) -> None:
         with self._errors(key):

@@ -8,7 +8,6 @@ would have decayed them by its weight decay, the same for every row, whatever th
 Why, and what it brings: docs/adr/0012.
 """
 
-import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -84,9 +83,3 @@ def narrowed(model: nn.Module) -> Iterator[tuple[str, NarrowEmbedding]]:
 def whole_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict with all rows, as a stock model has them."""
     return state | {f"{name}.weight": module.whole() for name, module in narrowed(model)}
-
-
-def digest(model: nn.Module) -> str:
-    """sha256 (hex) of the words that train, which the optimizer's state is about; empty where all do."""
-    ids = [module.used.cpu().numpy().tobytes() for _, module in narrowed(model)]
-    return hashlib.sha256(b"".join(ids)).hexdigest() if ids else ""

@@ -9,6 +9,7 @@ from trainer_kit import Job
 
 from finetune_trainer.checkpoint import MANIFEST, Checkpoint, Checkpoints
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import FolderStore
 
 DIGEST = "d" * 64
@@ -29,7 +30,7 @@ class Place:
         made = Checkpoints(
             self.store,
             self.folder / f"scratch{self.count}",
-            digest,
+            Lineage(digest),
             keep_last=keep,
             overwrite=overwrite,
             log=self.log.append,
@@ -40,7 +41,7 @@ class Place:
 
     def save(self, checkpoints: Checkpoints, *steps: int) -> None:
         for step in steps:
-            checkpoints.save(step, lambda folder, step=step: stage(folder, step), self._done)
+            checkpoints.save(step, lambda step=step: lambda folder: stage(folder, step), self._done)
         checkpoints.wait()
 
     def _done(self, checkpoint: Checkpoint) -> None:
@@ -181,9 +182,9 @@ def test_a_failed_save_is_told_by_the_next_one(place: Place, monkeypatch: pytest
         raise TrainingFailure("StorageUnavailable", "no space left")
 
     monkeypatch.setattr(place.store, "upload", full)
-    checkpoints.save(10, lambda folder: stage(folder, 10), place._done)
+    checkpoints.save(10, lambda: lambda folder: stage(folder, 10), place._done)
     with pytest.raises(TrainingFailure, match="no space left"):
-        checkpoints.save(20, lambda folder: stage(folder, 20), place._done)
+        checkpoints.save(20, lambda: lambda folder: stage(folder, 20), place._done)
 
 
 def test_keep_last_keeps_the_newest_and_the_best(place: Place) -> None:

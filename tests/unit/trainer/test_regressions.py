@@ -15,6 +15,7 @@ from trainer_kit import Job
 from finetune_trainer import config
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.lineage import Lineage
 from finetune_trainer.report import Console, write_end
 from finetune_trainer.store import FolderStore
 
@@ -40,7 +41,7 @@ def test_written_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
 
 def checkpoints(tmp_path: Path, name: str, **kwargs: int) -> Checkpoints:
     return Checkpoints(
-        FolderStore(tmp_path / "store"), tmp_path / name, "d" * 64, keep_last=kwargs.get("keep", 1), overwrite=False
+        FolderStore(tmp_path / "store"), tmp_path / name, Lineage("d" * 64), keep_last=kwargs.get("keep", 1), overwrite=False
     )
 
 
@@ -58,7 +59,7 @@ class S3Like(FolderStore):
 
 def test_two_executions_of_the_same_second_get_two_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = S3Like(tmp_path / "store")
-    both = [Checkpoints(store, tmp_path / n, "d" * 64, keep_last=1, overwrite=False) for n in "ab"]
+    both = [Checkpoints(store, tmp_path / n, Lineage("d" * 64), keep_last=1, overwrite=False) for n in "ab"]
     monkeypatch.setattr(store, "list", lambda prefix="": [])  # both look before either has written
     for one in both:
         one.begin(0)
@@ -71,10 +72,10 @@ def test_a_replaced_execution_ends_and_deletes_nothing(tmp_path: Path) -> None:
     new.begin(0)
     new.best = new.name(10)
     for step in (10, 20):
-        new.save(step, stage, lambda _: None)
+        new.save(step, lambda: stage, lambda _: None)
     new.wait()
     before = FolderStore(tmp_path / "store").list()
-    old.save(5, stage, lambda _: pytest.fail("told as durable"))
+    old.save(5, lambda: stage, lambda _: pytest.fail("told as durable"))
     with pytest.raises(TrainingFailure, match=r"execution 2 has taken over .*output\.storageUri of its own") as failed:
         old.wait()
     # As Interrupted, which is not counted, two jobs with one recipe and one output took it from each other without end.
@@ -90,11 +91,11 @@ def test_a_checkpoint_whose_best_model_is_gone_is_not_gone_on_from(tmp_path: Pat
     # It would be found out after the last step only.
     first = checkpoints(tmp_path, "first", keep=2)
     first.begin(0)
-    first.save(10, stage, lambda _: None)
+    first.save(10, lambda: stage, lambda _: None)
     first.wait()
     first.best = first.name(20)
     for step in (20, 30):
-        first.save(step, stage, lambda _: None)
+        first.save(step, lambda: stage, lambda _: None)
     first.wait()
     store = tmp_path / "store"
     assert (store / "step-00000020-0001/MANIFEST.json").exists()

@@ -15,6 +15,7 @@ from wire import Wire, serve
 
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import FolderStore, fetch_folder, open_store, sweep
 
 
@@ -25,7 +26,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
 
 
 def checkpoints(uri: str, scratch: Path) -> Checkpoints:
-    return Checkpoints(open_store(uri), scratch, "d" * 64, keep_last=1, overwrite=False)
+    return Checkpoints(open_store(uri), scratch, Lineage("d" * 64), keep_last=1, overwrite=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- folders --
@@ -164,7 +165,7 @@ def stage(folder: Path) -> None:
 
 def save(made: Checkpoints, *steps: int) -> None:
     for step in steps:
-        made.save(step, stage, lambda _: None)
+        made.save(step, lambda: stage, lambda _: None)
     made.wait()
 
 
@@ -172,7 +173,7 @@ def save(made: Checkpoints, *steps: int) -> None:
 def test_an_old_checkpoint_that_cannot_be_deleted_stops_no_training(wire: Wire, tmp_path: Path, answer: tuple[int, str]) -> None:
     # One answer of a busy server failed the training, with the newer checkpoint committed.
     lines: list[str] = []
-    made = Checkpoints(open_store("s3://bucket/out"), tmp_path, "d" * 64, keep_last=1, overwrite=False, log=lines.append)
+    made = Checkpoints(open_store("s3://bucket/out"), tmp_path, Lineage("d" * 64), keep_last=1, overwrite=False, log=lines.append)
     made.begin(0)
     names = [made.name(step) for step in (1, 2, 3, 4)]
     wire.faults[f"DELETE out/{names[0]}/MANIFEST.json"] = [answer] * 2
@@ -185,7 +186,11 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stops_no_training(wire: Wire, 
     assert f"out/{names[1]}/MANIFEST.json" not in wire.objects
     assert f"out/{names[1]}/state" in wire.objects
     save(made, 5)
-    assert sorted(wire.objects) == ["out/executions/0001.json", *(f"out/{made.name(5)}/{n}" for n in ("MANIFEST.json", "state"))]
+    assert sorted(wire.objects) == [
+        "out/LATEST.json",
+        "out/executions/0001.json",
+        *(f"out/{made.name(5)}/{n}" for n in ("MANIFEST.json", "state")),
+    ]
 
 
 def test_what_earlier_executions_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -193,7 +198,7 @@ def test_what_earlier_executions_left_is_removed_and_nothing_else(tmp_path: Path
 
     def execution(parent: int | None, **changes: object) -> Checkpoints:
         made = Checkpoints(
-            FolderStore(root), tmp_path / "scratch", **{"digest": "d" * 64, "keep_last": 9, "overwrite": True} | changes
+            FolderStore(root), tmp_path / "scratch", **{"lineage": Lineage("d" * 64), "keep_last": 9, "overwrite": True} | changes
         )  # type: ignore[arg-type]
         if parent is not None:
             made.begin(parent)
@@ -202,7 +207,7 @@ def test_what_earlier_executions_left_is_removed_and_nothing_else(tmp_path: Path
     def steps() -> set[str]:
         return {path.name for path in root.glob("step-*")}
 
-    save(execution(0, digest="e" * 64), 50)  # 0001, another recipe's
+    save(execution(0, lineage=Lineage("e" * 64)), 50)  # 0001, another recipe's
     first = execution(0)  # 0002
     save(first, 10, 20)
     first.best = first.name(20)
