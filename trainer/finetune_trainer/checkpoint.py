@@ -144,6 +144,12 @@ class Checkpoints:
     def fetch(self, checkpoint: Checkpoint) -> Path | None:
         """Downloads and verifies; None (and a line in the log) if a file is missing or differs."""
         folder = self.scratch / "restored" / checkpoint.name
+        there = self.store.sizes(f"{checkpoint.name}/")
+        for file in checkpoint.manifest["files"]:  # before anything is fetched
+            if (size := there.get(f"{checkpoint.name}/{file['path']}")) != file["size"]:
+                what = "is missing" if size is None else f"has {size} bytes and not {file['size']}"
+                self._refuse(checkpoint, f"{file['path']} {what}")
+                return None
         for file in checkpoint.manifest["files"]:
             target = folder / file["path"]
             try:
@@ -151,7 +157,7 @@ class Checkpoints:
             except Missing:
                 self._refuse(checkpoint, f"{file['path']} is missing")
                 return None
-            if target.stat().st_size != file["size"] or _sha256(target) != file["sha256"]:
+            if _sha256(target) != file["sha256"]:
                 self._refuse(checkpoint, f"{file['path']} differs from its manifest")
                 return None
         return folder

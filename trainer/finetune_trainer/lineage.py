@@ -86,5 +86,7 @@ def _told(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:  # Recipe.deciding leaves defaults out
+        return "the default"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

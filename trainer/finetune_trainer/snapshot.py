@@ -124,9 +124,12 @@ def write(
 
 # ---------------------------------------------------------------------------------------------------------- restore ----
 def progress(folder: Path, data: str) -> TrainState:
-    """How far it was. Raises TrainingFailure(DataInvalid) where that was with other training data."""
-    known = json.loads((folder / "trainer/state.json").read_text())
-    state = TrainState(**{key: value for key, value in known.items() if key != "scaler"})
+    """How far it was. Raises TrainingFailure: DataInvalid where that was with other training data."""
+    try:
+        known = json.loads((folder / "trainer/state.json").read_text())
+        state = TrainState(**{key: value for key, value in known.items() if key != "scaler"})
+    except (ValueError, TypeError, AttributeError) as error:  # its hash fits: another version wrote it, or somebody
+        raise TrainingFailure("CheckpointCorrupt", f"{folder.name}/trainer/state.json is not one of this version's") from error
     if state.data != data:
         raise TrainingFailure(
             "DataInvalid",

@@ -1,15 +1,27 @@
 """Checkpoints over a folder: half of one never counts, a bad one is passed over, and a replaced execution cannot interfere."""
 
+import itertools
 import json
+import os
+import subprocess
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from trainer_kit import Job
 
+from finetune_api.recipe import CheckpointPolicy, WhenBusy
+from finetune_trainer import checkpoint, saving
 from finetune_trainer.checkpoint import MANIFEST, Checkpoint, Checkpoints
+from finetune_trainer.dist import ALONE
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.lineage import Lineage
+from finetune_trainer.saving import Saves
 from finetune_trainer.store import FolderStore
 
 DIGEST = "d" * 64
@@ -193,6 +205,146 @@ def test_keep_last_keeps_the_newest_and_the_best(place: Place) -> None:
     place.save(checkpoints, 10, 20, 30, 40)
     assert place.folders() == ["step-00000010-0001", "step-00000030-0001", "step-00000040-0001"]
     assert not (place.folder / "store/step-00000020-0001/model/model.safetensors").exists()
+
+
+def test_hints_name_the_newest_and_the_best(place: Place) -> None:
+    checkpoints = place.execution()
+    checkpoints.best = checkpoints.name(10)
+    place.save(checkpoints, 10, 20)
+    hints = [json.loads(place.store.get(name))["checkpoint"] for name in ("LATEST.json", "BEST.json")]
+    assert hints == ["step-00000020-0001", "step-00000010-0001"]
+    place.store.put("LATEST.json", b"rubbish")
+    assert restored_step(place.execution(None)) == 20, "they are for people"
+
+
+def test_what_did_not_change_is_sent_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "WORTH_A_COPY", 1)
+    sent: list[str] = []
+    upload, copy = place.store.upload, place.store.copy
+    monkeypatch.setattr(place.store, "upload", lambda path, key: (sent.append(key), upload(path, key)))
+    monkeypatch.setattr(place.store, "copy", lambda source, key: FolderStore(place.store.root).copy(source, key))
+    first = place.execution()
+    place.save(first, 10, 20)
+    model, state = "model/model.safetensors", "trainer/state.json"
+    assert sent == [f"{first.name(10)}/{model}", f"{first.name(10)}/{state}", f"{first.name(20)}/{state}"]
+    assert first.saving.uploaded_bytes == 2048 + 2 * len('{"step": 10}')
+    # An execution that goes on knows it as well; and what somebody has deleted is sent again.
+    second = place.execution(None)
+    assert second.restore()
+    second.begin(20)
+    sent.clear()
+    place.save(second, 30)
+    assert f"{second.name(30)}/{model}" not in sent
+    monkeypatch.setattr(place.store, "copy", copy)
+    (place.store.root / second.name(30) / model).unlink()
+    sent.clear()
+    place.save(second, 40)
+    assert f"{second.name(40)}/{model}" in sent
+    assert restored_step(place.execution(None)) == 40
+
+
+def test_what_arrived_short_is_not_committed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = place.execution()
+    upload = place.store.upload
+
+    def short(path: Path, key: str) -> None:
+        upload(path, key)
+        truncate(place.store.root / key)
+
+    monkeypatch.setattr(place.store, "upload", short)
+    with pytest.raises(TrainingFailure, match=r"model\.safetensors arrived with 2047 of 2048 bytes"):
+        place.save(checkpoints, 10)
+    assert place.folders() == []
+
+
+def test_saves_are_counted(place: Place) -> None:
+    checkpoints = place.execution()
+    place.save(checkpoints, 10, 20)
+    saving = checkpoints.saving
+    assert (saving.saves, saving.skipped, saving.uploaded_bytes) == (2, 0, 2 * (2048 + len('{"step": 10}')))
+    assert saving.blocking_seconds > 0
+    assert saving.upload_seconds > 0
+
+
+def test_checkpoints_that_were_refused_are_told(place: Place) -> None:
+    place.save(place.execution(), 10, 20, 30)
+    flip(place.store.root / "step-00000030-0001/trainer/state.json")
+    (place.store.root / "step-00000020-0001/model/model.safetensors").unlink()
+    reader = place.execution(None)
+    assert restored_step(reader) == 10
+    assert [(r.checkpoint, r.message) for r in reader.refused] == [
+        ("step-00000030-0001", "trainer/state.json differs from its manifest"),
+        ("step-00000020-0001", "model/model.safetensors is missing"),
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk can be mounted by root only")
+def test_a_full_disk_is_told_and_the_older_checkpoint_stays(place: Place, tmp_path: Path) -> None:
+    place.save(place.execution(), 10)
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
+    try:
+        second = place.execution(10)
+        second.scratch = small
+        big = {"weights": np.zeros(100_000, dtype=np.uint8)}
+        for write in (lambda f: (f / "big").write_bytes(bytes(100_000)), lambda f: save_file(big, f / "big.safetensors")):
+
+            def stage(folder: Path, write: Callable[[Path], object] = write) -> None:
+                folder.mkdir(parents=True)
+                write(folder)
+
+            second.save(20, lambda stage=stage: stage, place._done)
+            with pytest.raises(TrainingFailure, match=r"the disk of .* is full.*podTemplate") as failed:
+                second.wait()
+            assert failed.value.failure.reason == "StorageUnavailable"
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert restored_step(place.execution(None)) == 10
+
+
+# ----------------------------------------------------------------------------------------------------------- policies --
+def saves(checkpoints: Checkpoints, **policy: Any) -> Saves:
+    return Saves(CheckpointPolicy(**policy), checkpoints, ALONE, lambda *_: None, lambda _: None)
+
+
+@pytest.mark.parametrize("when_busy", WhenBusy)
+def test_a_save_that_is_due_while_one_is_uploading_waits_or_is_skipped(
+    place: Place, monkeypatch: pytest.MonkeyPatch, when_busy: WhenBusy
+) -> None:
+    checkpoints, go_on = place.execution(), threading.Event()
+    upload = place.store.upload
+    monkeypatch.setattr(place.store, "upload", lambda path, key: (go_on.wait(60), upload(path, key)))
+    asked = saves(checkpoints, every_steps=2, when_busy=when_busy)
+
+    def due(step: int, *, must: bool = False) -> bool:
+        return asked.due(step, evaluated=False, by_the_clock=False, must=must)
+
+    assert [due(step) for step in (1, 2)] == [False, True]
+    checkpoints.save(2, lambda: lambda folder: stage(folder, 2), place._done)
+    assert checkpoints.busy
+    waits = when_busy is WhenBusy.WAIT
+    assert due(4) is waits
+    assert due(5, must=True), "the best model is never left out"
+    assert checkpoints.saving.skipped == (0 if waits else 1)
+    threading.Timer(0.3, go_on.set).start()
+    checkpoints.save(6, lambda: lambda folder: stage(folder, 6), place._done)
+    assert place.done[0] == 2, "one at a time"
+    checkpoints.wait()
+    assert place.done == [2, 6]
+    assert checkpoints.saving.blocking_seconds >= 0.2
+
+
+def test_saves_by_the_clock(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by 4 s a step, and 10 s between saves; an epoch has 6 steps, and its end alone saves nothing."""
+    now = itertools.count(0, 4)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: next(now) / 2)  # it is asked about twice a step
+    job.run(checkpoint={"everySeconds": 10, "keepLast": 100}, evaluation={"bestMetric": "loss"})
+    by_evaluation = replace(job, home=job.home / "other", runs=[])
+    by_evaluation.run(checkpoint={"keepLast": 100})
+    assert by_evaluation.steps() == [6, 12, 18]
+    assert len(job.steps()) > 4
+    assert set(job.steps()) - {6, 12, 18}
 
 
 def test_deleting_takes_the_manifest_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

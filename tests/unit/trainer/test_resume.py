@@ -9,6 +9,7 @@ import pytest
 from trainer_kit import Job, Killed
 
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.memory import Fit
 
 STEPS_PER_EPOCH = 6
 EVERY_STEP: dict[str, Any] = {"checkpoint": {"everySteps": 1}}
@@ -20,16 +21,22 @@ PATIENT: dict[str, Any] = {
 }
 
 
+def lever(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    return {**EVERY_STEP, "hyperparameters": hyperparameters}
+
+
 def fresh(job: Job, name: str, changes: dict[str, Any]) -> Job:
     return replace(job, home=job.home / name, changes=changes, runs=[])
 
 
 def same(a: Job, b: Job) -> None:
     """Weights of the result, and of the last checkpoint weights, optimizer, random state and progress: bytes."""
-    assert (a.output / "model/model.safetensors").read_bytes() == (b.output / "model/model.safetensors").read_bytes()
+    for one, other in ((a.output / "model", b.output / "model"), (a.newest(), b.newest())):
+        files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
+        assert files == sorted(p.relative_to(other) for p in other.rglob("*.safetensors"))
+        for file in files:
+            assert (one / file).read_bytes() == (other / file).read_bytes(), file
     one, other = a.newest(), b.newest()
-    for file in ("model/model.safetensors", "trainer/optimizer.safetensors", "trainer/random.safetensors"):
-        assert (one / file).read_bytes() == (other / file).read_bytes(), file
     # Only the name of the best checkpoint tells who wrote it.
     states = [json.loads((folder / "trainer/state.json").read_text()) for folder in (one, other)]
     bests = [state.pop("best_checkpoint") for state in states]
@@ -52,6 +59,14 @@ def same(a: Job, b: Job) -> None:
         pytest.param(EVERY_STEP, 3 * STEPS_PER_EPOCH, id="last-step"),
         pytest.param({}, STEPS_PER_EPOCH + 4, id="between-sparse-checkpoints"),
         pytest.param(PATIENT, 8, id="patience-counting"),
+        pytest.param(
+            lever({"freeze": {"embeddings": True, "layers": 2}, "unfreeze": {"everyEpochs": 1}}), 9, id="mid-unfreezing"
+        ),
+        pytest.param(lever({"microBatchSize": 3}), 9, id="accumulation"),
+        pytest.param(lever({"adversarial": {}, "labelSmoothing": 0.1}), 9, id="adversarial"),
+        pytest.param({**EVERY_STEP, "model": {"lora": {"rank": 2, "alpha": 4}}}, 9, id="adapters"),
+        pytest.param({**EVERY_STEP, "model": {"lora": {"rank": 2, "alpha": 4, "merge": False}}}, 4, id="adapters-alone"),
+        pytest.param({**EVERY_STEP, "model": {"pooling": "Mean"}}, 4, id="pooled"),
     ],
 )
 def test_killed_and_resumed_is_the_run_never_killed(job: Job, changes: dict[str, Any], kill_at: int) -> None:
@@ -64,6 +79,30 @@ def test_killed_and_resumed_is_the_run_never_killed(job: Job, changes: dict[str,
     end = cut.run()
     assert (end.resumed_from.step if end.resumed_from else 0) == (saved[-1] if saved else 0)
     same(whole, cut)
+
+
+def test_every_row_comes_when_it_would_have_come(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their numbers in the data, step by step: none is repeated and none left out."""
+    seen: dict[int, list[int]] = {}
+    inner = Fit.__call__
+
+    def watched(self: Fit, gradient: Any, rows: Any, following: Any) -> Any:
+        seen[self.state.step] = rows.tolist()
+        return inner(self, gradient, rows, following)
+
+    monkeypatch.setattr(Fit, "__call__", watched)
+    whole, cut = fresh(job, "whole", EVERY_STEP), fresh(job, "cut", EVERY_STEP)
+    whole.run()
+    expected = dict(seen)
+    assert sorted(row for step in range(STEPS_PER_EPOCH) for row in expected[step]) == list(range(44))
+    seen.clear()
+    with pytest.raises(Killed):
+        cut.run(kill_at=STEPS_PER_EPOCH + 3)
+    before = dict(seen)
+    seen.clear()
+    cut.run()
+    assert {**before, **seen} == expected
+    assert all(seen[step] == before[step] for step in before.keys() & seen.keys())
 
 
 def test_resumed_twice_is_the_run_never_killed(job: Job) -> None:
