@@ -1,4 +1,4 @@
-"""What the benchmarks share: the data they run on, the two trainers with a clock on them, and how numbers are compared, shown and kept."""
+"""What the benchmarks share: the data they run on, the two trainers beside a clock, and how numbers are compared, shown and kept."""
 
 import csv
 import json
@@ -6,19 +6,19 @@ import math
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clocks import Clock
+
     from finetune_api.report import EndReport
     from finetune_trainer.loop import Loop
 
@@ -78,26 +78,7 @@ def read_csv(path: Path) -> Rows:
 
 
 # ------------------------------------------------------------------------------------------------------------ trainers ----
-class Clock:
-    """CPU seconds (of all threads) and seconds of the clock from the end of step `warmup` to that of the last."""
-
-    warmup = 0
-
-    def at(self, step: int, total: int) -> None:
-        """To be called when training begins (step 0) and after every step."""
-        if step == self.warmup:
-            self.start()
-        if step == total:
-            self.stop()
-
-    def start(self) -> None:
-        self.began = time.process_time(), time.perf_counter()
-
-    def stop(self) -> None:
-        self.cpu, self.wall = time.process_time() - self.began[0], time.perf_counter() - self.began[1]
-
-
-def run_ours(folder: Path, recipe: Mapping[str, Any], clock: Clock) -> "tuple[Loop, EndReport]":
+def run_ours(folder: Path, recipe: Mapping[str, Any], clock: "Clock") -> "tuple[Loop, EndReport]":
     """The product as it is, from recipe (without its output, which goes below the folder) to result; once in a process."""
     from finetune_api import Recipe
     from finetune_trainer import loop
@@ -131,7 +112,12 @@ def run_ours(folder: Path, recipe: Mapping[str, Any], clock: Clock) -> "tuple[Lo
 
 
 def run_hugging_face(
-    folder: Path, model: Any, collate: Callable[[Any], Any], train: list[dict[str, Any]], arguments: dict[str, Any], clock: Clock
+    folder: Path,
+    model: Any,
+    collate: Callable[[Any], Any],
+    train: list[dict[str, Any]],
+    arguments: dict[str, Any],
+    clock: "Clock",
 ) -> Any:
     """Hugging Face's Trainer, after its training, with these TrainingArguments; nothing is logged or saved on the way."""
     import torch
@@ -150,11 +136,6 @@ def run_hugging_face(
         trainer = transformers.Trainer(model, said, collate, train, callbacks=[Timing()])
         trainer.train()
     return trainer
-
-
-def peak_mib() -> float:
-    """Of this process's memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def in_own_process(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import clocks
 import common
 import trainer_gpu
 
@@ -64,7 +65,7 @@ def ours(folder: Path, seed: int, *, freeze: bool) -> Measured:
         "dataset": {"uri": f"file://{folder}/data", "labels": common.LABELS, "maxLength": MAX_LENGTH},
         "hyperparameters": hyper,
     }
-    clock = common.Clock()
+    clock = clocks.Clock()
     loop, end = common.run_ours(folder, recipe, clock)
     f1 = next(float(m.value) for m in end.result.metrics if m.name == "validation/macro_f1")
     lengths = loop.train_data.lengths
@@ -74,7 +75,7 @@ def ours(folder: Path, seed: int, *, freeze: bool) -> Measured:
         clock.cpu,
         clock.wall,
         sum(len(b) for b in batches),
-        common.peak_mib(),
+        clocks.peak_mib(),
         f1,
         sum(int(b.sum()) for b in batches) / sum(tokens),
         None if freeze else matmul_seconds(loop.model, tokens, loop.gradient.dtype) / clock.cpu,
@@ -127,7 +128,7 @@ def hugging_face(folder: Path, seed: int, *, tuned: bool, freeze: bool = False) 
             for i, row in zip(ids, rows, strict=True)
         ]
 
-    pad, counted, clock = DataCollatorWithPadding(tokenizer), [0, 0], common.Clock()
+    pad, counted, clock = DataCollatorWithPadding(tokenizer), [0, 0], clocks.Clock()
 
     def collate(rows: list[dict[str, Any]]) -> Any:
         batch = pad(rows)
@@ -150,7 +151,7 @@ def hugging_face(folder: Path, seed: int, *, tuned: bool, freeze: bool = False) 
     answer = trainer.predict(validation)
     matrix = metrics.confusion(np.array(answer.label_ids), answer.predictions.argmax(axis=1), len(common.LABELS))
     f1 = metrics.summary(matrix)["macro_f1"]
-    return Measured(clock.cpu, clock.wall, len(train) * EPOCHS, common.peak_mib(), f1, counted[0] / counted[1])
+    return Measured(clock.cpu, clock.wall, len(train) * EPOCHS, clocks.peak_mib(), f1, counted[0] / counted[1])
 
 
 RUN: dict[str, Callable[[Path, int], Measured]] = {
@@ -182,8 +183,6 @@ def main() -> int:
     if said.case:
         print(json.dumps(asdict(RUN[said.case](said.folder, said.seed))))
         return 0
-    import torch
-
     mirror = subprocess.run(
         [sys.executable, ROOT / "hack/minilm.py"], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.strip()
@@ -200,7 +199,7 @@ def main() -> int:
                 flush=True,
             )
     result = report(corpus, runs)
-    if torch.cuda.is_available():
+    if clocks.ON_GPU:
         gpu = trainer_gpu.measure_all(corpus, Path(mirror), said.repeats)
         result |= gpu | {"rows": result["rows"] + gpu["rows"]}
     else:

@@ -11,24 +11,24 @@ and is outside the clock, with all compilation (its caches are empty each time);
 - ours: no hyperparameter said but epochs;
 - ours, compile: the same with `compile: true`.
 
-Memory is the peak of torch's allocator in the clock. The share of time that the GPU idles is of a run of its own, since a profiler costs time: 1 -
-(what the intervals of all kernels cover together, copies not counted) / (seconds of the clock), over WINDOW steps, by torch.profiler.
+Memory is the peak of torch's allocator in the clock. The share of time that the GPU idles is of a run of its own, since a profiler costs
+time: 1 - (what the intervals of all kernels cover together, without copies) / (seconds of the clock), over WINDOW steps, by torch.profiler.
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import common
+import torch
+from clocks import ON_GPU, Clock, DeviceClock, ProfileClock
 
 BATCH_SIZE, EPOCHS, MAX_LENGTH = 32, 4, 128
 WARMUP, WINDOW = 100, 20
@@ -42,16 +42,8 @@ PAIRS = (
     ("ours_vs_hf_tuned", "ours", "hf tuned"),
     ("ours_compile_vs_hf_tuned_compile", "ours, compile", "hf tuned, compile"),
 )
-QWEN2 = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-QWEN2 |= {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
-TINY = {
-    **QWEN2,
-    "vocab_size": 8192,
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+QWEN2, TINY = (151936, 896, 4864, 24, 14, 2), (8192, 96, 256, 2, 4, 2)
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -70,125 +62,20 @@ class Work:
     """Steps before and with the profiler, in place of whole epochs with a clock."""
 
 
-# -------------------------------------------------------------------------------------------------------------- clocks ----
-class DeviceClock(common.Clock):
-    """Leaves the first epoch out, waits for the device at both ends, and looks at its memory between them."""
-
-    def at(self, step: int, total: int) -> None:
-        if step == 0:
-            self.launched, self.warmup = time.perf_counter(), self.first(total)
-        super().at(step, total)
-
-    def first(self, total: int) -> int:
-        """Steps to leave out."""
-        return total // EPOCHS
-
-    def start(self) -> None:
-        import torch
-
-        _wait()
-        self.before, self.graphs = time.perf_counter() - self.launched, _graphs()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        super().start()
-
-    def stop(self) -> None:
-        import torch
-
-        _wait()
-        super().stop()
-        self.peak_mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else common.peak_mib()
-        self.graphs = _graphs() - self.graphs
-
-    def found(self) -> dict[str, float]:
-        """Per epoch where it is seconds."""
-        seconds = self.wall / (EPOCHS - 1)
-        return {"seconds": seconds, "first_epoch": self.before, "peak_mib": self.peak_mib, "graphs_in_clock": self.graphs}
-
-
-class ProfileClock(DeviceClock):
-    """Of the last `window` steps: how long anything was computed."""
-
-    def __init__(self, window: int, scratch: Path) -> None:
-        self.window, self.trace = window, scratch / f"trace-{os.getpid()}.json"
-
-    def first(self, total: int) -> int:
-        return total - self.window
-
-    def start(self) -> None:
-        from torch.profiler import ProfilerActivity, profile
-
-        _wait()
-        self.profile = profile(activities=[ProfilerActivity.CUDA if _on_gpu() else ProfilerActivity.CPU])
-        self.profile.start()
-        super().start()
-
-    def stop(self) -> None:
-        super().stop()
-        self.profile.stop()
-        self.profile.export_chrome_trace(str(self.trace))
-
-    def found(self) -> dict[str, float]:
-        events = json.loads(self.trace.read_text())["traceEvents"]
-        return {"idle_share": idle_share(events, "kernel" if _on_gpu() else "cpu_op", self.wall)}
-
-
-def idle_share(events: Iterable[Mapping[str, Any]], category: str, seconds: float) -> float:
-    """Share of the seconds in which no event (of Chrome's trace format: ts and dur in microseconds) of this category was going on."""
-    intervals = [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events if e.get("cat") == category]
-    if not intervals:
-        raise ValueError(f"the profiler's trace has no event of category {category}")
-    return 1 - covered(intervals) / 1e6 / seconds
-
-
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of what (start, end) intervals cover together."""
-    length, reached = 0.0, -math.inf
-    for start, end in sorted(intervals):
-        length += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return length
-
-
-def _on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _wait() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _graphs() -> int:
-    """How many graphs torch.compile has made so far."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
 # ----------------------------------------------------------------------------------------------------------- one case ----
 def run(work: Work) -> dict[str, Any]:
     """One run of one case, in this process."""
-    import torch
-
-    clock = ProfileClock(work.profiled[1], Path(work.folder)) if work.profiled else DeviceClock()
+    clock = ProfileClock(work.profiled[1], work.folder) if work.profiled else DeviceClock(EPOCHS)
     rows, loss, passes = (ours if work.case.startswith("ours") else hugging_face)(work, clock)
-    where = torch.cuda.get_device_name() if _on_gpu() else common.machine()
-    return {**clock.found(), "rows": rows, "validation_loss": loss, "passes": passes, "device": where, "torch": torch.__version__}
+    device = torch.cuda.get_device_name() if ON_GPU else common.machine()
+    return {**clock.found(), "rows": rows, "validation_loss": loss, "passes": passes, "device": device}
 
 
 def recipe_of(work: Work) -> dict[str, Any]:
     """Ours: nothing said but what all cases share. Evaluation is at the end alone."""
-    hyper: dict[str, Any] = {
-        "epochs": EPOCHS,
-        "batchSize": BATCH_SIZE,
-        "seed": work.seed,
-        "compile": work.case.endswith("compile"),
-    }
+    hyper: dict[str, Any] = {"epochs": EPOCHS, "batchSize": BATCH_SIZE, "seed": work.seed}
+    if work.case.endswith("compile"):
+        hyper["compile"] = True
     if work.profiled:
         hyper["maxSteps"] = sum(work.profiled)
     dataset: dict[str, Any] = {"uri": f"file://{work.folder}/data", "maxLength": MAX_LENGTH}
@@ -205,16 +92,15 @@ def recipe_of(work: Work) -> dict[str, Any]:
     }
 
 
-def ours(work: Work, clock: common.Clock) -> tuple[int, float, int]:
+def ours(work: Work, clock: Clock) -> tuple[int, float, int]:
     """Training rows, validation loss, and in how many passes a batch was computed."""
     loop, end = common.run_ours(Path(work.folder), recipe_of(work), clock)
     loss = next(float(m.value) for m in end.result.metrics if m.name == "validation/loss")
     return len(loop.train_data), loss, -(-BATCH_SIZE // loop.fit.at_once)
 
 
-def hugging_face(work: Work, clock: common.Clock) -> tuple[int, float, int]:
+def hugging_face(work: Work, clock: Clock) -> tuple[int, float, int]:
     """The same of Trainer, on the very tokens that ours would train on."""
-    import torch
     import transformers
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
@@ -227,7 +113,7 @@ def hugging_face(work: Work, clock: common.Clock) -> tuple[int, float, int]:
 
     recipe = Recipe.model_validate({**recipe_of(work), "output": {"storageUri": f"file://{work.folder}/none"}})
     kind, tokenizer = kind_of(recipe.task, recipe.dataset), AutoTokenizer.from_pretrained(work.source)
-    splits, _ = read_splits(recipe, Runtime("bench", Path(work.folder)), print)
+    splits, _ = read_splits(recipe, Runtime("bench", Path(work.folder) / "hf"), print)
 
     def rows_of(split: str) -> list[dict[str, Any]]:
         made = kind.encode(splits[split], tokenizer, MAX_LENGTH)
@@ -244,7 +130,7 @@ def hugging_face(work: Work, clock: common.Clock) -> tuple[int, float, int]:
     if work.profiled:
         arguments["max_steps"] = sum(work.profiled)
     if work.case.startswith("hf tuned"):
-        precision = resolve(Precision.AUTO, torch.device("cuda" if _on_gpu() else "cpu"))
+        precision = resolve(Precision.AUTO, torch.device("cuda" if ON_GPU else "cpu"))
         arguments |= {
             "bf16": precision is Precision.BF16,
             "fp16": precision is Precision.FP16,
@@ -262,9 +148,8 @@ def hugging_face(work: Work, clock: common.Clock) -> tuple[int, float, int]:
     return len(train), float(trainer.evaluate(rows_of("validation"))["eval_loss"]), 1
 
 
-def make_decoder(folder: Path, texts: list[str], shape: Mapping[str, Any]) -> Path:
+def make_decoder(folder: Path, texts: list[str], shape: tuple[int, ...]) -> Path:
     """A decoder with random weights, and a tokenizer made of the texts. Its vocabulary stays as wide as the shape says."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -275,7 +160,8 @@ def make_decoder(folder: Path, texts: list[str], shape: Mapping[str, Any]) -> Pa
     tokenizer.train_from_iterator(texts, learner)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD).save_pretrained(folder)
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen2", **shape, eos_token_id=0, bos_token_id=None, pad_token_id=1)
+    sizes = dict(zip(SHAPE, shape, strict=True))
+    config = AutoConfig.for_model("qwen2", **sizes, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None, pad_token_id=1)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
@@ -298,7 +184,7 @@ def measure_all(
     """Prints a table for each model; rows, gpu_ratios and the GPU's name for build/bench/trainer.json."""
     corpus = replace(corpus, validation=corpus.validation[:VALIDATION_ROWS], held_out=corpus.held_out[:VALIDATION_ROWS])
     profiled = (6, 2) if tiny else (WARMUP, WINDOW)
-    result: dict[str, Any] = {"rows": [], "gpu_ratios": {}}
+    result: dict[str, Any] = {"torch": torch.__version__, "rows": [], "gpu_ratios": {}}
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
         corpus.write(Path(scratch) / "data")
         for model in models:
@@ -308,27 +194,24 @@ def measure_all(
             runs: dict[str, list[dict[str, Any]]] = {case: [] for case in CASES}
             for repeat, case in common.turns(CASES, repeats):
                 found = measure(Work(model, case, repeat, str(source), scratch), device)
+                found["rate"] = found["rows"] / found["seconds"]
                 runs[case].append(found)
-                print(f"{model} {case:18} seed {repeat}: {found['rows'] / found['seconds']:8.1f} samples/s", flush=True)
+                print(f"{model} {case:18} seed {repeat}: {found['rate']:8.1f} samples/s", flush=True)
             idle = {case: measure(Work(model, case, 0, str(source), scratch, profiled), device)["idle_share"] for case in CASES}
-            rate = {case: [m["rows"] / m["seconds"] for m in measured] for case, measured in runs.items()}
-            rows = [
-                row(f"gpu {model} {case}" if device == "cuda" else f"cpu {model} {case}", runs[case], idle[case])
-                for case in CASES
-            ]
-            show(f"{model} on {runs['ours'][0]['device']}, {len(corpus.train)} {corpus.name}, {repeats} repeats", rows)
+            where = "gpu" if device == "cuda" else device
+            rows = [row(f"{where} {model} {case}", runs[case], idle[case]) for case in CASES]
+            result["gpu"] = runs[CASES[0]][0]["device"]
+            show(f"{model} on {result['gpu']}, {len(corpus.train)} {corpus.name}, {repeats} repeats", rows)
+            rates = {f"{model} {case}": [m["rate"] for m in measured] for case, measured in runs.items()}
+            pairs = [(f"{model}_{name}", f"{model} {of}", f"{model} {to}") for name, of, to in PAIRS]
             result["rows"] += rows
-            result["gpu_ratios"] |= common.ratios(
-                {f"{model} {case}": rates for case, rates in rate.items()},
-                [(f"{model}_{name}", f"{model} {a}", f"{model} {b}") for name, a, b in PAIRS],
-            )
-            result |= {"gpu": runs["ours"][0]["device"], "torch": runs["ours"][0]["torch"]}
+            result["gpu_ratios"] |= common.ratios(rates, pairs)
     return result
 
 
 def row(name: str, measured: list[dict[str, Any]], idle: float) -> dict[str, Any]:
-    """Means over the repeats. `first_epoch_extra_seconds` are what the first epoch took longer than a later one: to get going, and to compile."""
-    rates = [m["rows"] / m["seconds"] for m in measured]
+    """Means over the repeats. The first epoch takes longer than a later one by what it takes to get going, and to compile."""
+    rates = [m["rate"] for m in measured]
     return {
         "name": name,
         "samples_per_second": statistics.fmean(rates),
@@ -336,7 +219,7 @@ def row(name: str, measured: list[dict[str, Any]], idle: float) -> dict[str, Any
         "peak_gpu_mib": max(m["peak_mib"] for m in measured),
         "gpu_idle_share": idle,
         "first_epoch_extra_seconds": statistics.fmean(m["first_epoch"] - m["seconds"] for m in measured),
-        "graphs_compiled_in_clock": max(m["graphs_in_clock"] for m in measured),
+        "graphs_compiled_in_clock": max(m["graphs"] for m in measured),
         "passes_per_batch": max(m["passes"] for m in measured),
         "validation_loss": statistics.fmean(m["validation_loss"] for m in measured),
     }
@@ -367,7 +250,7 @@ def main() -> int:
     if said.work:
         print(json.dumps(run(Work(**json.loads(said.work)))))
         return 0
-    if said.device == "cuda" and not _on_gpu():
+    if said.device == "cuda" and not ON_GPU:
         print("there is no CUDA GPU here (--device cpu --tiny checks everything else)", file=sys.stderr)
         return 1
     sys.path.append(str(common.ROOT / "hack"))
