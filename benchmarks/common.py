@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clocks import Clock
 
-    from finetune_api.report import EndReport
+    from finetune_api.finetunejob import Result
     from finetune_trainer.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ def read_csv(path: Path) -> Rows:
 
 
 # ------------------------------------------------------------------------------------------------------------ trainers ----
-def run_ours(folder: Path, recipe: Mapping[str, Any], clock: "Clock") -> "tuple[Loop, EndReport]":
+def run_ours(folder: Path, recipe: Mapping[str, Any], clock: "Clock") -> "tuple[Loop, Result]":
     """The product as it is, from recipe (without its output, which goes below the folder) to result; once in a process."""
     from finetune_api import Recipe
     from finetune_trainer import loop
@@ -108,7 +108,7 @@ def run_ours(folder: Path, recipe: Mapping[str, Any], clock: "Clock") -> "tuple[
         whole = Recipe.model_validate({**recipe, "output": {"storageUri": f"file://{scratch}/out"}})
         end = Run(whole, runtime, threading.Event())()
     assert end.result is not None
-    return ran[0], end
+    return ran[0], end.result
 
 
 def run_hugging_face(

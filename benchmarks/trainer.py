@@ -66,8 +66,8 @@ def ours(folder: Path, seed: int, *, freeze: bool) -> Measured:
         "hyperparameters": hyper,
     }
     clock = clocks.Clock()
-    loop, end = common.run_ours(folder, recipe, clock)
-    f1 = next(float(m.value) for m in end.result.metrics if m.name == "validation/macro_f1")
+    loop, result = common.run_ours(folder, recipe, clock)
+    f1 = next(float(m.value) for m in result.metrics if m.name == "validation/macro_f1")
     lengths = loop.train_data.lengths
     batches = [lengths[rows] for epoch in range(EPOCHS) for rows in data.plan(seed, epoch, BATCH_SIZE, lengths)]
     tokens = [int(b.max()) * len(b) for b in batches]
@@ -199,12 +199,12 @@ def main() -> int:
                 flush=True,
             )
     result = report(corpus, runs)
+    print(common.write_json("trainer", result))
     if clocks.ON_GPU:
         gpu = trainer_gpu.measure_all(corpus, Path(mirror), said.repeats)
-        result |= gpu | {"rows": result["rows"] + gpu["rows"]}
+        common.write_json("trainer", result | gpu | {"rows": result["rows"] + gpu["rows"]})
     else:
         print("there is no CUDA GPU here: nothing is measured on one (benchmarks/trainer_gpu.py)")
-    print(common.write_json("trainer", result))
     return 0
 
 

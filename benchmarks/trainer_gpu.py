@@ -94,8 +94,8 @@ def recipe_of(work: Work) -> dict[str, Any]:
 
 def ours(work: Work, clock: Clock) -> tuple[int, float, int]:
     """Training rows, validation loss, and in how many passes a batch was computed."""
-    loop, end = common.run_ours(Path(work.folder), recipe_of(work), clock)
-    loss = next(float(m.value) for m in end.result.metrics if m.name == "validation/loss")
+    loop, result = common.run_ours(Path(work.folder), recipe_of(work), clock)
+    loss = next(float(m.value) for m in result.metrics if m.name == "validation/loss")
     return len(loop.train_data), loss, -(-BATCH_SIZE // loop.fit.at_once)
 
 
