@@ -1,14 +1,26 @@
-"""What the benchmarks share: the data they run on, and how their numbers are shown and kept."""
+"""What the benchmarks share: the data they run on, the two trainers beside a clock, and how numbers are compared, shown and kept."""
 
 import csv
 import json
+import math
 import os
 import platform
 import random
-from collections.abc import Iterable, Sequence
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clocks import Clock
+
+    from finetune_api.finetunejob import Result
+    from finetune_trainer.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
@@ -17,6 +29,10 @@ AIRLINE = Path(os.environ.get("FINETUNE_AIRLINE_TWEETS") or ROOT.parent / "share
 """Tweets under a licence that keeps them out of this repository (CC BY-NC-SA 4.0); FINETUNE_AIRLINE_TWEETS names another place."""
 LABELS = ["negative", "neutral", "positive"]
 VALIDATION_SHARE = 0.1
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Student's t, one side 95 %, by degrees of freedom.
+T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
 
 Rows = list[dict[str, str]]
 """Each with text and label."""
@@ -59,6 +75,113 @@ def read_csv(path: Path) -> Rows:
     """Rows of a csv file with a header."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------------------------ trainers ----
+def run_ours(folder: Path, recipe: Mapping[str, Any], clock: "Clock") -> "tuple[Loop, Result]":
+    """The product as it is, from recipe (without its output, which goes below the folder) to result; once in a process."""
+    from finetune_api import Recipe
+    from finetune_trainer import loop
+    from finetune_trainer.config import Runtime
+    from finetune_trainer.run import Run
+
+    ran: list[Loop] = []
+
+    class Timed(loop.Loop):
+        def train(self) -> None:
+            tell = self.on_step
+
+            def on_step(loss: float, rate: float) -> None:
+                clock.at(self.state.step, self.total_steps)
+                tell(loss, rate)
+
+            self.on_step = on_step
+            ran.append(self)
+            clock.at(0, self.total_steps)
+            super().train()
+
+    loop.Loop = Timed  # type: ignore[misc]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        work = Path(scratch) / "work"
+        work.mkdir()
+        runtime = Runtime("bench", work, model_mirror=os.environ.get("FINETUNE_MODEL_MIRROR"))
+        whole = Recipe.model_validate({**recipe, "output": {"storageUri": f"file://{scratch}/out"}})
+        end = Run(whole, runtime, threading.Event())()
+    assert end.result is not None
+    return ran[0], end.result
+
+
+def run_hugging_face(
+    folder: Path,
+    model: Any,
+    collate: Callable[[Any], Any],
+    train: list[dict[str, Any]],
+    arguments: dict[str, Any],
+    clock: "Clock",
+) -> Any:
+    """Hugging Face's Trainer, after its training, with these TrainingArguments; nothing is logged or saved on the way."""
+    import torch
+    import transformers
+
+    class Timing(transformers.TrainerCallback):
+        def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            clock.at(0, state.max_steps)
+
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            clock.at(state.global_step, state.max_steps)
+
+    quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        said = transformers.TrainingArguments(output_dir=scratch, **quiet, **arguments)
+        trainer = transformers.Trainer(model, said, collate, train, callbacks=[Timing()])
+        trainer.train()
+    return trainer
+
+
+def in_own_process(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Any:
+    """The JSON that the program prints last. Raises CalledProcessError."""
+    done = subprocess.run(
+        [sys.executable, program, *arguments],
+        env={**os.environ, **QUIET, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def turns(cases: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
+    """Every case in every repeat, and nobody always first."""
+    for repeat in range(repeats):
+        first = repeat % len(cases)
+        yield from ((repeat, case) for case in (*cases[first:], *cases[:first]))
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers ----
+def ratio(of: list[float], to: list[float]) -> tuple[float, float]:
+    """Geometric mean of the paired ratios, and its lower 95 % bound (one side, Student's t on their logarithms)."""
+    logs = [math.log(a / b) for a, b in zip(of, to, strict=True)]
+    mean, bound = lower(logs)
+    return math.exp(mean), math.exp(bound)
+
+
+def lower(values: list[float]) -> tuple[float, float]:
+    """Mean and its lower 95 % bound (one side, Student's t)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf
+    return mean, mean - T95.get(len(values) - 1, 1.8) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def ratios(rate: Mapping[str, list[float]], pairs: Iterable[tuple[str, str, str]]) -> dict[str, float]:
+    """For each (name, case, other case) that was run: NAME and NAME_lower_95. They are printed too."""
+    found: dict[str, float] = {}
+    for name, of, to in pairs:
+        if of in rate and to in rate:
+            mean, bound = ratio(rate[of], rate[to])
+            found |= {name: mean, f"{name}_lower_95": bound}
+            print(f"{name}: {mean:.2f} (lower 95 % bound {bound:.2f})")
+    return found
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -11,13 +11,13 @@ replaced by one that looks at the clock. The Hugging Face cases are what a user 
 - ours, freeze: the same with `freeze: {embeddings: true, layers: 3}`.
 
 Each repeat has a seed of its own, the same for all cases, and trains to the end: speed and macro-F1 are of the same runs.
+Where there is a CUDA GPU, trainer_gpu.py measures on it too.
 """
 
 import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,14 +28,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import clocks
 import common
+import trainer_gpu
 
 ROOT = common.ROOT
 BATCH_SIZE, EPOCHS, MAX_LENGTH = 32, 1, 128
 FROZEN_LAYERS = 3
 CASES = ("hf default", "hf tuned", "hf tuned, frozen", "ours", "ours, freeze")
-# Student's t, one side 95 %, by degrees of freedom.
-T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
 
 
 @dataclass
@@ -51,70 +51,34 @@ class Measured:
     matmul_share: float | None = None
 
 
-class Clock:
-    """CPU seconds (of all threads) and seconds of the clock between `start` and `stop`."""
-
-    def start(self) -> None:
-        self.began = time.process_time(), time.perf_counter()
-
-    def stop(self) -> None:
-        self.cpu, self.wall = time.process_time() - self.began[0], time.perf_counter() - self.began[1]
-
-
 # ---------------------------------------------------------------------------------------------------------------- ours ----
 def ours(folder: Path, seed: int, *, freeze: bool) -> Measured:
     """The product, from recipe to result."""
-    import threading
+    from finetune_trainer import data
 
-    from finetune_api import Recipe
-    from finetune_trainer import data, loop
-    from finetune_trainer.config import Runtime
-    from finetune_trainer.run import Run
-
-    clock, seen = Clock(), {}
-
-    class Timed(loop.Loop):
-        def train(self) -> None:
-            tell = self.on_step
-
-            def on_step(loss: float, rate: float) -> None:
-                if self.state.step == self.total_steps:
-                    clock.stop()
-                tell(loss, rate)
-
-            self.on_step = on_step
-            seen["lengths"], seen["model"], seen["dtype"] = self.train_data.lengths, self.model, self.gradient.dtype
-            clock.start()
-            super().train()
-
-    loop.Loop = Timed  # type: ignore[misc]
     hyper: dict[str, Any] = {"epochs": EPOCHS, "batchSize": BATCH_SIZE, "seed": seed}
     if freeze:
         hyper["freeze"] = {"embeddings": True, "layers": FROZEN_LAYERS}
-    recipe = Recipe.model_validate(
-        {
-            "task": "SequenceClassification",
-            "model": {"uri": "hf://sentence-transformers/all-MiniLM-L6-v2"},
-            "dataset": {"uri": f"file://{folder}/data", "labels": common.LABELS, "maxLength": MAX_LENGTH},
-            "hyperparameters": hyper,
-            "output": {"storageUri": f"file://{folder}/{os.getpid()}/out"},
-        }
-    )
-    runtime = Runtime("bench", folder / f"{os.getpid()}/work", model_mirror=os.environ["FINETUNE_MODEL_MIRROR"])
-    runtime.workdir.mkdir(parents=True)
-    end = Run(recipe, runtime, threading.Event())()
-    assert end.result is not None
-    f1 = next(float(m.value) for m in end.result.metrics if m.name == "validation/macro_f1")
-    batches = [seen["lengths"][rows] for epoch in range(EPOCHS) for rows in data.plan(seed, epoch, BATCH_SIZE, seen["lengths"])]
+    recipe = {
+        "task": "SequenceClassification",
+        "model": {"uri": "hf://sentence-transformers/all-MiniLM-L6-v2"},
+        "dataset": {"uri": f"file://{folder}/data", "labels": common.LABELS, "maxLength": MAX_LENGTH},
+        "hyperparameters": hyper,
+    }
+    clock = clocks.Clock()
+    loop, result = common.run_ours(folder, recipe, clock)
+    f1 = next(float(m.value) for m in result.metrics if m.name == "validation/macro_f1")
+    lengths = loop.train_data.lengths
+    batches = [lengths[rows] for epoch in range(EPOCHS) for rows in data.plan(seed, epoch, BATCH_SIZE, lengths)]
     tokens = [int(b.max()) * len(b) for b in batches]
     return Measured(
         clock.cpu,
         clock.wall,
         sum(len(b) for b in batches),
-        _peak_mib(),
+        clocks.peak_mib(),
         f1,
         sum(int(b.sum()) for b in batches) / sum(tokens),
-        None if freeze else matmul_seconds(seen["model"], tokens, seen["dtype"]) / clock.cpu,
+        None if freeze else matmul_seconds(loop.model, tokens, loop.gradient.dtype) / clock.cpu,
     )
 
 
@@ -144,7 +108,7 @@ def hugging_face(folder: Path, seed: int, *, tuned: bool, freeze: bool = False) 
     import numpy as np
     import torch
     import transformers
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
     from finetune_trainer import metrics
 
@@ -164,7 +128,7 @@ def hugging_face(folder: Path, seed: int, *, tuned: bool, freeze: bool = False) 
             for i, row in zip(ids, rows, strict=True)
         ]
 
-    pad, counted, clock = DataCollatorWithPadding(tokenizer), [0, 0], Clock()
+    pad, counted, clock = DataCollatorWithPadding(tokenizer), [0, 0], clocks.Clock()
 
     def collate(rows: list[dict[str, Any]]) -> Any:
         batch = pad(rows)
@@ -173,34 +137,21 @@ def hugging_face(folder: Path, seed: int, *, tuned: bool, freeze: bool = False) 
             counted[1] += batch["input_ids"].numel()
         return batch
 
-    class Timing(transformers.TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.start()
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            clock.stop()
-
-    expert: dict[str, Any] = {"bf16": True, "train_sampling_strategy": "group_by_length", "learning_rate": 2e-4} if tuned else {}
-    arguments = TrainingArguments(
-        output_dir=str(folder / f"{os.getpid()}"),
-        per_device_train_batch_size=BATCH_SIZE,
-        per_device_eval_batch_size=64,
-        num_train_epochs=EPOCHS,
-        seed=seed,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        **expert,
-    )
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": BATCH_SIZE,
+        "per_device_eval_batch_size": 64,
+        "num_train_epochs": EPOCHS,
+        "seed": seed,
+    }
+    if tuned:
+        arguments |= {"bf16": True, "train_sampling_strategy": "group_by_length", "learning_rate": 2e-4}
     train, validation = encoded("train"), encoded("validation")
-    trainer = transformers.Trainer(model, arguments, collate, train, callbacks=[Timing()])
-    trainer.train()
+    trainer = common.run_hugging_face(folder, model, collate, train, arguments, clock)
     model.eval()
     answer = trainer.predict(validation)
     matrix = metrics.confusion(np.array(answer.label_ids), answer.predictions.argmax(axis=1), len(common.LABELS))
     f1 = metrics.summary(matrix)["macro_f1"]
-    return Measured(clock.cpu, clock.wall, len(train) * EPOCHS, _peak_mib(), f1, counted[0] / counted[1])
+    return Measured(clock.cpu, clock.wall, len(train) * EPOCHS, clocks.peak_mib(), f1, counted[0] / counted[1])
 
 
 RUN: dict[str, Callable[[Path, int], Measured]] = {
@@ -212,43 +163,12 @@ RUN: dict[str, Callable[[Path, int], Measured]] = {
 }
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 # ------------------------------------------------------------------------------------------------------------- compare ----
 def measure(folder: Path, case: str, seed: int, mirror: str) -> Measured:
     """One run in a process of its own."""
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    quiet = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, "--case", case, "--seed", str(seed), "--folder", str(folder)],
-        env={**os.environ, **one_thread, **quiet, "FINETUNE_MODEL_MIRROR": mirror},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def ratio(of: list[float], to: list[float]) -> tuple[float, float]:
-    """Geometric mean of the paired ratios, and its lower 95 % bound (one side, Student's t on their logarithms)."""
-    logs = [math.log(a / b) for a, b in zip(of, to, strict=True)]
-    mean, bound = lower(logs)
-    return math.exp(mean), math.exp(bound)
-
-
-def lower(values: list[float]) -> tuple[float, float]:
-    """Mean and its lower 95 % bound (one side, Student's t)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, -math.inf
-    return mean, mean - T95.get(len(values) - 1, 1.8) * statistics.stdev(values) / math.sqrt(len(values))
+    environment = {**common.ONE_THREAD, "CUDA_VISIBLE_DEVICES": "", "FINETUNE_MODEL_MIRROR": mirror}
+    arguments = ["--case", case, "--seed", str(seed), "--folder", str(folder)]
+    return Measured(**common.in_own_process(__file__, arguments, environment))
 
 
 def main() -> int:
@@ -271,20 +191,25 @@ def main() -> int:
     runs: dict[str, list[Measured]] = {case: [] for case in said.only}
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
         corpus.write(Path(scratch) / "data")
-        for repeat in range(said.repeats):
-            turn = repeat % len(said.only)
-            for case in (*said.only[turn:], *said.only[:turn]):  # nobody is always first
-                found = measure(Path(scratch), case, repeat, mirror)
-                runs[case].append(found)
-                print(
-                    f"{case:18} seed {repeat}: {found.samples / found.cpu_seconds:6.1f} samples per CPU-second  macro-F1 {found.macro_f1:.4f}",
-                    flush=True,
-                )
-    return report(corpus, runs)
+        for repeat, case in common.turns(said.only, said.repeats):
+            found = measure(Path(scratch), case, repeat, mirror)
+            runs[case].append(found)
+            print(
+                f"{case:18} seed {repeat}: {found.samples / found.cpu_seconds:6.1f} samples per CPU-second  macro-F1 {found.macro_f1:.4f}",
+                flush=True,
+            )
+    result = report(corpus, runs)
+    print(common.write_json("trainer", result))
+    if clocks.ON_GPU:
+        gpu = trainer_gpu.measure_all(corpus, Path(mirror), said.repeats)
+        common.write_json("trainer", result | gpu | {"rows": result["rows"] + gpu["rows"]})
+    else:
+        print("there is no CUDA GPU here: nothing is measured on one (benchmarks/trainer_gpu.py)")
+    return 0
 
 
-def report(corpus: common.Corpus, runs: dict[str, list[Measured]]) -> int:
-    """The table and build/bench/trainer.json."""
+def report(corpus: common.Corpus, runs: dict[str, list[Measured]]) -> dict[str, Any]:
+    """Prints the table; what goes into build/bench/trainer.json."""
     rate = {case: [m.samples / m.cpu_seconds for m in measured] for case, measured in runs.items()}
     rows = [
         {
@@ -316,23 +241,18 @@ def report(corpus: common.Corpus, runs: dict[str, list[Measured]]) -> int:
             for row in rows
         ],
     )
-    result: dict[str, Any] = {"data": corpus.name, "rows": rows, "ratios": {}}
-    for name, ours_, theirs in (
+    pairs = (
         ("ours_vs_hf_default", "ours", "hf default"),
         ("ours_vs_hf_tuned", "ours", "hf tuned"),
         ("freeze_vs_hf_default", "ours, freeze", "hf default"),
         ("freeze_vs_hf_tuned_frozen", "ours, freeze", "hf tuned, frozen"),
-    ):
-        if ours_ in rate and theirs in rate:
-            mean, bound = ratio(rate[ours_], rate[theirs])
-            result["ratios"] |= {name: mean, f"{name}_lower_95": bound}
-            print(f"{name}: {mean:.2f} (lower 95 % bound {bound:.2f})")
+    )
+    result: dict[str, Any] = {"data": corpus.name, "rows": rows, "ratios": common.ratios(rate, pairs)}
     if "ours" in runs and "hf tuned" in runs:
-        mean, bound = lower([a.macro_f1 - b.macro_f1 for a, b in zip(runs["ours"], runs["hf tuned"], strict=True)])
+        mean, bound = common.lower([a.macro_f1 - b.macro_f1 for a, b in zip(runs["ours"], runs["hf tuned"], strict=True)])
         result["macro_f1_ours_minus_hf_tuned"] = {"mean": mean, "lower_95": bound}
         print(f"macro-F1 of ours minus hf tuned, paired by seed: {mean:+.4f} (lower 95 % bound {bound:+.4f})")
-    print(common.write_json("trainer", result))
-    return 0
+    return result
 
 
 if __name__ == "__main__":
