@@ -138,3 +138,22 @@ def test_a_word_without_a_place_is_an_error_in_training(wide: Job) -> None:
         narrow(torch.tensor([4]))
     narrow.eval()
     assert torch.equal(narrow(torch.tensor([4])), whole(torch.tensor([4])))
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5], ids=["whole-then-narrow", "narrow-then-whole"])
+def test_narrow_and_whole_embeddings_go_on_from_one_another(wide: Job, monkeypatch: pytest.MonkeyPatch, first: float) -> None:
+    """As when a training that is cut up (FSDP), whose embeddings are whole, goes on in one process."""
+    options = {"dropout": NO_DROPOUT, "weightDecay": 0.0, "precision": "FP32"}
+    whole, mixed = fresh(wide, "whole", **options), fresh(wide, "mixed", **options)
+    monkeypatch.setattr(vocabulary, "WORTHWHILE", 0.5 - first)
+    whole.run()
+    monkeypatch.setattr(vocabulary, "WORTHWHILE", first)
+    with pytest.raises(Killed):
+        mixed.run(kill_at=9)
+    monkeypatch.setattr(vocabulary, "WORTHWHILE", 0.5 - first)
+    end = mixed.run()
+    assert end.resumed_from is not None
+    weights = [load_file(j.output / "model/model.safetensors") for j in (whole, mixed)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
+    assert moments(mixed) == moments(whole)
