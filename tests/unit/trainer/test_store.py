@@ -15,7 +15,8 @@ from wire import Wire, serve
 
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import FolderStore, fetch_folder, open_store, sweep
+from finetune_trainer.fetch import fetch_folder
+from finetune_trainer.store import FolderStore, open_store, sweep
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_what_is_deleted_while_it_is_looked_at_is_tried_again(wire: Wire) -> Non
 
 
 def test_conflicts_without_end_are_told(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_trainer.store.CONFLICT_WAIT", 0.001)
+    monkeypatch.setattr("finetune_trainer.s3.CONFLICT_WAIT", 0.001)
     wire.faults["PUT key"] = [CONFLICT] * 100
     with pytest.raises(TrainingFailure, match="the storage answered ConditionalRequestConflict") as failed:
         open_store("s3://bucket").put_if_absent("key", b"mine")
