@@ -277,10 +277,10 @@ class S3Store:
                 now = time.monotonic()
                 began = began if tried else now
                 if (left := began + patience - now) <= 0:
-                    after = f", for {patience:.0f} s" if patience else ""
+                    after = f" (tried for {patience:.0f} s)" if patience else ""
                     raise TrainingFailure("StorageUnavailable", f"{failure.message}{after}") from failure
-                if not told and now - began > TOLD_AFTER:
-                    _log.warning("%s; trying again for %.0f s at most", failure.message, left)
+                if not told and now - began > TOLD_AFTER and left > TOLD_AFTER:
+                    _log.warning("%s (trying again for %.0f s at most)", failure.message, left)
                     told = True
                 time.sleep(min(left, random.uniform(0, min(MAX_WAIT, MIN_WAIT * 2 ** min(tried, 10)))))
                 tried += 1
@@ -391,6 +391,8 @@ def s3_client(read_timeout: float = 60.0) -> "S3Client":
     style: Any = os.environ.get(ENV_S3_ADDRESSING) or ("path" if custom else None)
     if style not in {None, *STYLES}:
         raise TrainingFailure("RecipeInvalid", f"{ENV_S3_ADDRESSING}: {style!r} is none of {', '.join(STYLES)}")
+    if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
+        raise TrainingFailure("RecipeInvalid", f"AWS_CA_BUNDLE: there is no file {bundle}")
     config = Config(
         connect_timeout=5,
         read_timeout=read_timeout,
