@@ -244,9 +244,13 @@ class S3Store:
                 at = start
                 raise
 
-        while at < end:
-            self._patiently(key, go_on)
-        part.finished(number)
+        try:
+            while at < end:
+                self._patiently(key, go_on)
+            part.finished(number)
+        except BaseException:
+            tell(start - at)  # what is not complete is fetched again
+            raise
 
     # ---------------------------------------------------------------------------------------------------------- trying --
     def _key(self, key: str) -> str:
