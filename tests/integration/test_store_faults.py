@@ -24,6 +24,9 @@ from finetune_trainer.store import Missing, open_store
 from support.faulty_s3 import Faulty, faulty_s3
 from testcluster import S3Server
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit/trainer"))
+from trainer_kit import Job, make_model, write_data
+
 MiB = 1 << 20
 
 
@@ -100,6 +103,32 @@ def test_a_fifth_of_all_requests_fails_and_every_byte_is_right(
         assert (tmp_path / "back").read_bytes() == large.read_bytes()
     print(f"{len(faulty.faults)} of {len(faulty.asked)} requests failed")
     assert len(faulty.faults) > 100
+
+
+def test_a_training_behind_such_a_storage_is_the_same_training(faulty: Faulty, bucket: str, tmp_path: Path) -> None:
+    data, model = write_data(tmp_path / "data"), make_model(tmp_path / "model")
+    for folder, prefix in ((data, "data"), (model, "model")):
+        for path in folder.iterdir():
+            open_store(f"s3://{bucket}/{prefix}").upload(path, path.name)
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    weights = []
+    for share in (0.0, 0.2):
+        faulty.share, faulty.dice = share, random.Random(seed)
+        job = Job(tmp_path / f"job-{share}", model, data)
+        job.changes = {
+            "model": {"uri": f"s3://{bucket}/model"},
+            "dataset": {"uri": f"s3://{bucket}/data"},
+            "output": {"storageUri": f"s3://{bucket}/out-{share}"},
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune_trainer"], env=job.environment() | os.environ, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        faulty.share = 0.0
+        weights.append(open_store(f"s3://{bucket}/out-{share}").get("model/model.safetensors"))
+    assert len(faulty.faults) > 5
+    assert weights[0] == weights[1]
 
 
 def test_a_checkpoint_outlives_a_storage_that_is_gone(

@@ -47,9 +47,12 @@ def fetch_files(store: Store, entries: Mapping[str, Stored], folder: Path, what:
     """Downloads those of the entries that the folder does not have. Raises Missing, TrainingFailure."""
     fetched = _fetched(folder)
     versions = {key: f"{store.uri} {stored.version} {boot()}" for key, stored in entries.items()}
-    wanted = {
-        key: stored for key, stored in entries.items() if fetched.get(key) != versions[key] or _size(folder / key) != stored.size
-    }
+
+    def is_there(key: str, stored: Stored) -> bool:
+        # Without a version, from a server that lists none, nobody knows.
+        return bool(stored.version) and fetched.get(key) == versions[key] and _size(folder / key) == stored.size
+
+    wanted = {key: stored for key, stored in entries.items() if not is_there(key, stored)}
     if not wanted:
         return
     folder.mkdir(parents=True, exist_ok=True)
