@@ -102,7 +102,7 @@ def test_a_fifth_of_all_requests_fails_and_every_byte_is_right(
         store.download(f"large-{number}", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == large.read_bytes()
     print(f"{len(faulty.faults)} of {len(faulty.asked)} requests failed")
-    assert len(faulty.faults) > 100
+    assert len(faulty.faults) > 50
 
 
 def test_a_training_behind_such_a_storage_is_the_same_training(faulty: Faulty, bucket: str, tmp_path: Path) -> None:
@@ -143,11 +143,11 @@ def test_a_checkpoint_outlives_a_storage_that_is_gone(
         large.rename(folder / "weights")
 
     digest = hashlib.sha256(large.read_bytes()).hexdigest()
-    faulty.gone(12)
+    faulty.gone(9)
     began = time.monotonic()
     made.save(1, stage, done.append)
     made.wait()
-    assert 12 <= time.monotonic() - began < 30
+    assert 9 <= time.monotonic() - began < 30
     assert [f["sha256"] for f in done[0].manifest["files"]] == [digest]
     assert "trying again" in caplog.text, "that it waits is told"
 
@@ -237,15 +237,17 @@ def test_what_is_left_of_another_object_is_not_used(
     assert (tmp_path / "back").read_bytes() == large.read_bytes()
 
 
+@pytest.mark.parametrize("ignores_if_match", [False, True])
 @pytest.mark.parametrize("size", [RANGE // 2, 2 * RANGE + 5 * MiB + 7])
 def test_an_object_that_is_replaced_midway_is_not_mixed(
-    faulty: Faulty, bucket: str, store: S3Store, s3: S3Server, tmp_path: Path, size: int
+    faulty: Faulty, bucket: str, store: S3Store, s3: S3Server, tmp_path: Path, size: int, ignores_if_match: bool
 ) -> None:
     old, new = os.urandom(size), os.urandom(size)
     client = s3.client()
     client.put_object(Bucket=bucket, Key="out/large", Body=old)
     faulty.before[2] = lambda: client.put_object(Bucket=bucket, Key="out/large", Body=new)
     faulty.cuts = [100]
+    faulty.ignores_if_match = ignores_if_match
     told: list[int] = []
     store.download("large", tmp_path / "back", told.append)
     assert (tmp_path / "back").read_bytes() == new
@@ -277,6 +279,16 @@ def test_a_folder_is_fetched_once(faulty: Faulty, store: S3Store, large: Path, t
     del contents["sub/weights"]
     contents["sub"] = b"a file now"
     assert fetch() == ["sub"]
+
+
+def test_a_listing_of_several_pages_outlives_a_fault_on_each(faulty: Faulty, store: S3Store) -> None:
+    for number in range(7):
+        store.put(f"{number} &ü", bytes(number))
+    page = store.client.list_objects_v2
+    store.client.list_objects_v2 = lambda **arguments: page(**arguments, MaxKeys=2)  # type: ignore[method-assign]
+    faulty.share, faulty.dice = 0.4, random.Random(3)
+    assert {key: stored.size for key, stored in store.entries().items()} == {f"{n} &ü": n for n in range(7)}
+    assert len(faulty.asked) > 4
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads --

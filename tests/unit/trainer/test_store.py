@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -341,7 +342,9 @@ def test_where_the_bucket_is(monkeypatch: pytest.MonkeyPatch, variables: dict[st
 
     def note(request: Any, **_: object) -> AWSResponse:
         asked.append(request.url)
-        return AWSResponse(request.url, 200, {"Content-Length": "0", "ETag": '""'}, HTTPResponse(preload_content=False))
+        return AWSResponse(
+            request.url, 200, {"Content-Length": "0", "ETag": '""'}, HTTPResponse(BytesIO(), preload_content=False)
+        )
 
     store.client.meta.events.register("before-send.s3", note)
     store.client.head_object(Bucket="bucket", Key="x")
