@@ -34,8 +34,6 @@ class Faulty:
     """Bytes after which the next bodies of GET break off, one a request."""
     before: dict[int, object] = field(default_factory=dict)
     """Called before the n-th GET (from 1) is passed on."""
-    ignores_if_match: bool = False
-    """As simple servers do."""
     refuses_checksums: bool = False
     """As servers that know none of their headers: 400."""
     asked: list[str] = field(default_factory=list)
@@ -87,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = http.client.HTTPConnection(urlsplit(self.faulty.upstream).netloc, timeout=60)
         server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            if name.lower() not in ("expect", "connection", "if-match" if self.faulty.ignores_if_match else ""):
+            if name.lower() not in ("expect", "connection"):
                 server.putheader(name, value)
         server.endheaders(body)
         answer = server.getresponse()
