@@ -56,10 +56,13 @@ def model_folder(model: str, root: Path | None) -> Iterator[Path]:
     elif (local := local_path(model, root)) is not None:
         yield _existing(local, model)
     else:
-        from finetune_trainer.store import fetch_folder, open_store
+        from finetune_trainer.fetch import fetch_folder
+        from finetune_trainer.store import open_store
 
         with tempfile.TemporaryDirectory(prefix="finetune-model-") as scratch:
-            if fetch_folder(open_store(model), Path(scratch)) == 0:
+            store = open_store(model)
+            store.check()  # told in seconds
+            if fetch_folder(store, Path(scratch)) == 0:
                 raise UserError(f"--model {model}: there are no files")
             yield Path(scratch)
 

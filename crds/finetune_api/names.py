@@ -49,6 +49,8 @@ ENV_DATASET_MIRROR = "FINETUNE_DATASET_MIRROR"
 """The same for `hf://` data sets."""
 ENV_S3_ROOT = "FINETUNE_S3_ROOT"
 """A folder that stands in for the buckets: s3://bucket/key is DIR/bucket/key (`finetune run --s3-root`)."""
+ENV_S3_ADDRESSING = "AWS_S3_ADDRESSING_STYLE"
+"""path (https://host/bucket), virtual (https://bucket.host) or auto. boto3 itself has this in its configuration file only."""
 ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"
 """File that receives the termination message; equals the container's terminationMessagePath."""
 

@@ -74,7 +74,7 @@ def test_a_large_file_goes_in_parts_with_one_checksum(store: Store, tmp_path: Pa
 
 
 def test_a_file_that_changes_on_its_way_is_refused(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import finetune_trainer.store as module
+    import finetune_trainer.s3 as module
 
     (tmp_path / "file").write_bytes(b"as it was")
     monkeypatch.setattr(module, "_crc32", lambda path: "AAAAAA==")

@@ -15,7 +15,7 @@ from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import Store
 
-OPERATIONS = ("put", "put_if_absent", "get", "upload", "download", "list", "sizes", "copy", "delete", "discard_unfinished")
+OPERATIONS = ("put", "put_if_absent", "get", "upload", "download", "list", "entries", "copy", "delete", "discard_unfinished")
 
 
 class Dying:

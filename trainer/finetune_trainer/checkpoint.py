@@ -144,10 +144,11 @@ class Checkpoints:
     def fetch(self, checkpoint: Checkpoint) -> Path | None:
         """Downloads and verifies; None (and a line in the log) if a file is missing or differs."""
         folder = self.scratch / "restored" / checkpoint.name
-        there = self.store.sizes(f"{checkpoint.name}/")
+        there = self.store.entries(f"{checkpoint.name}/")
         for file in checkpoint.manifest["files"]:  # before anything is fetched
-            if (size := there.get(f"{checkpoint.name}/{file['path']}")) != file["size"]:
-                what = "is missing" if size is None else f"has {size} bytes and not {file['size']}"
+            found = there.get(f"{checkpoint.name}/{file['path']}")
+            if found is None or found.size != file["size"]:
+                what = "is missing" if found is None else f"has {found.size} bytes and not {file['size']}"
                 self._refuse(checkpoint, f"{file['path']} {what}")
                 return None
         for file in checkpoint.manifest["files"]:
@@ -312,10 +313,10 @@ class Checkpoints:
                 self.store.upload(path, f"{name}/{key}")
                 self._count(uploaded_bytes=size)
             files.append({"path": key, "size": size, "sha256": sha256})
-        arrived = self.store.sizes(f"{name}/")
+        arrived = self.store.entries(f"{name}/")
         for file in files:
-            there = arrived.get(key := f"{name}/{file['path']}", 0)
-            if there != file["size"]:
+            entry = arrived.get(key := f"{name}/{file['path']}")
+            if (there := entry.size if entry else 0) != file["size"]:
                 raise TrainingFailure(
                     "StorageUnavailable", f"{self.store.uri}/{key} arrived with {there} of {file['size']} bytes"
                 )

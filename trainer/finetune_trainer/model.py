@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ from finetune_api.tasks import Task
 from finetune_trainer import adapters, hub
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import FolderStore, fetch_folder
+from finetune_trainer.fetch import Log, fetch_folder, to_stderr
+from finetune_trainer.store import FolderStore
 from finetune_trainer.tasks import TaskKind
 
 if TYPE_CHECKING:
@@ -61,15 +61,14 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def fetch(uri: str, runtime: Runtime) -> Path:
+def fetch(uri: str, runtime: Runtime, log: Log = to_stderr) -> Path:
     """A local folder with the model's files. Raises TrainingFailure(ModelNotFound)."""
     store = hub.MODELS.open(uri, runtime.model_mirror, runtime.s3_root, only=None, without=OTHER_FORMATS)
     if isinstance(store, FolderStore) and store.root.is_dir():
         return _checked(store.root, uri)
-    # `finetune run` keeps the work folder: files of another model must not mix in, nor those that this one no longer has.
+    # `finetune run` and a container that starts again keep the work folder: files of another model must not mix in.
     folder = runtime.workdir / "model" / hashlib.sha256(store.uri.encode()).hexdigest()[:16]
-    shutil.rmtree(folder, ignore_errors=True)
-    if fetch_folder(store, folder) == 0:
+    if fetch_folder(store, folder, log=log) == 0:
         raise TrainingFailure("ModelNotFound", f"model.uri {uri}: there are no files under {store.uri}")
     return _checked(folder, uri)
 

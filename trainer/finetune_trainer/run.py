@@ -26,7 +26,7 @@ from finetune_trainer.lineage import Lineage, same_but_length
 from finetune_trainer.progress import Poster
 from finetune_trainer.report import Console, trainer_status
 from finetune_trainer.splits import Splits, read_splits
-from finetune_trainer.store import Missing, Store, open_store, sweep
+from finetune_trainer.store import LONG_PATIENCE, Missing, Store, open_store, sweep
 from finetune_trainer.tasks import Encoded, kind_of
 from finetune_trainer.trackers import Trackers, Training, open_trackers
 
@@ -58,7 +58,7 @@ class Run:
 
     def __call__(self) -> EndReport:
         """Trains, or finds that it is done already. Raises TrainingFailure."""
-        self.output = open_store(self.recipe.output.storage_uri, self.runtime.s3_root)
+        self.output = open_store(self.recipe.output.storage_uri, self.runtime.s3_root, patience=LONG_PATIENCE)
         self.output.check(writable=True)
         self.group = Group.join(self.recipe.hyperparameters.strategy)
         if not self.group.leads:
@@ -123,7 +123,7 @@ class Run:
         if recipe.hyperparameters.deterministic:
             model.make_deterministic()
         checkpoints = Checkpoints(
-            open_store(recipe.checkpoint_uri, self.runtime.s3_root),
+            open_store(recipe.checkpoint_uri, self.runtime.s3_root, patience=LONG_PATIENCE),
             scratch / "checkpoints",
             Lineage.of(recipe, len(splits["train"])),
             keep_last=recipe.checkpoint.keep_last,
@@ -136,7 +136,9 @@ class Run:
             message = f"{self._result_uri()} is the result of this recipe with another length, and its checkpoints are not there; {_OTHER}"
             raise TrainingFailure("OutputExists", message)
         saved = restored[1] / "model" if restored else None
-        self.source = saved if saved and not recipe.model.partly_saved else model.fetch(recipe.model.uri, self.runtime)
+        self.source = (
+            saved if saved and not recipe.model.partly_saved else model.fetch(recipe.model.uri, self.runtime, self.console.line)
+        )
         tokenizer = model.load_tokenizer(saved or self.source, recipe)
         encoded = token_cache.encode(splits, self.kind, tokenizer, scratch / "tokens", self.console.line)
         self._tell_truncation(encoded)

@@ -18,6 +18,7 @@ from finetune_api.report import DataCounts
 from finetune_trainer import hub, tables
 from finetune_trainer.config import Runtime
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.fetch import fetch_files
 from finetune_trainer.few_shot import few_shot
 from finetune_trainer.store import Missing, Store, is_plain
 from finetune_trainer.tables import BadRow
@@ -118,7 +119,7 @@ def _read(dataset: Dataset, kind: TaskKind, runtime: Runtime, log: Log) -> tuple
     clusters: list[str] = []
     bad: dict[str, list[BadRow]] = {}
     for split, file in named.items():
-        path = _fetch(store, split, file, dataset.uri, runtime.workdir / "data")
+        path = _fetch(store, split, file, dataset.uri, runtime.workdir / "data", log)
         read = read_file(path, kind, name=file, split_by=dataset.split_group_column if split == "train" else None)
         bad[file] = read.bad
         # File by file: what is wrong with the first is told before the second is fetched.
@@ -143,11 +144,11 @@ def _check_bad(bad: Mapping[str, list[BadRow]], allowed: int) -> None:
         raise TrainingFailure("DataInvalid", f"{tables.listed(bad)}{more}")
 
 
-def _fetch(store: Store, split: str, file: str, uri: str, folder: Path) -> Path:
+def _fetch(store: Store, split: str, file: str, uri: str, folder: Path, log: Log) -> Path:
     if not is_plain(file):
         raise TrainingFailure("DataInvalid", f"dataset.{split}: {file} is no name of a file below dataset.uri")
     try:
-        store.download(file, folder / file)
+        fetch_files(store, {file: store.stat(file)}, folder, f"data: {file}", log)
     except Missing as error:
         there = ""
         if not store.uri.startswith("hf://"):  # from the hub comes only what was asked for

@@ -1,6 +1,7 @@
 """Finding the model, dropout by role, and a stock head."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from finetune_api.recipe import Dataset
 from finetune_api.tasks import Task
 from finetune_trainer import model
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.store import FolderStore, fetch_folder
+from finetune_trainer.fetch import fetch_folder
+from finetune_trainer.store import FolderStore, Stored, nobody
 from finetune_trainer.tasks import kind_of
 from testcluster.processes import free_port
 
@@ -191,10 +193,10 @@ def test_more_tokens_than_the_model_has_positions_is_told(job: Job) -> None:
 @pytest.mark.parametrize("key", ["../../outside", "/etc/outside", "a/../../outside", "a\\..\\outside"])
 def test_names_in_a_bucket_cannot_lead_out_of_the_folder(tmp_path: Path, key: str) -> None:
     class Bucket(FolderStore):
-        def list(self, prefix: str = "") -> list[str]:
-            return ["config.json", key]
+        def entries(self, prefix: str = "") -> dict[str, Stored]:
+            return {"config.json": Stored(2, "1"), key: Stored(2, "1")}
 
-        def download(self, key: str, path: Path) -> None:
+        def download(self, key: str, path: Path, tell: Callable[[int], None] = nobody) -> None:
             raise AssertionError(f"{key} is written to {path}")
 
     with pytest.raises(TrainingFailure, match="is no name of a file below it"):

@@ -5,18 +5,28 @@ The faults come over the wire, from a server of this file, because a real server
 
 import errno
 import os
+import shutil
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
+from botocore.awsrequest import AWSResponse
+from urllib3 import HTTPResponse
 from wire import Wire, serve
 
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.fetch import FETCHED, fetch_files, fetch_folder
 from finetune_trainer.lineage import Lineage
-from finetune_trainer.store import FolderStore, fetch_folder, open_store, sweep
+from finetune_trainer.partfile import PartFile
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.store import FolderStore, open_store, sweep
 
 
 @pytest.fixture
@@ -108,6 +118,143 @@ def test_what_is_written_outlives_a_loss_of_power(tmp_path: Path, monkeypatch: p
             assert {str(p) for p in (tmp_path, tmp_path / "new", store.root, store.root / "step")} <= set(synced)
 
 
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """One MiB of room, of a file system of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_full_disk_is_told_and_loses_nothing(tiny_disk: Path, tmp_path: Path) -> None:
+    store = FolderStore(tiny_disk)
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(2 << 20))
+    store.put("key", b"as it was")
+    uses: list[Callable[[], object]] = [
+        lambda: store.put("key", large.read_bytes()),
+        lambda: store.put_if_absent("new", large.read_bytes()),
+        lambda: store.upload(large, "key"),
+        lambda: FolderStore(tmp_path).download("large", tiny_disk / "key"),
+    ]
+    for use in uses:
+        with pytest.raises(TrainingFailure, match=rf"no room on the disk of {tiny_disk}/") as failed:
+            use()
+        assert failed.value.failure.reason == "StorageUnavailable"
+        assert left(tiny_disk) == ["key"]
+        assert store.get("key") == b"as it was"
+
+
+def test_a_full_disk_under_a_download(wire: Wire, tiny_disk: Path) -> None:
+    wire.objects |= {"large": os.urandom(2 << 20), "key": b"small"}
+    store = open_store("s3://bucket")
+    store.download("key", tiny_disk / "key")
+    with pytest.raises(TrainingFailure, match=rf"s3://bucket: no room on the disk of {tiny_disk}/"):
+        store.download("large", tiny_disk / "key")
+    assert left(tiny_disk) == ["key"], "what is half there would take the room from others"
+    assert (tiny_disk / "key").read_bytes() == b"small"
+
+
+def test_a_folder_s_file_is_there_with_all_of_it_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FolderStore(tmp_path / "store")
+    store.put("key", b"new")
+    (tmp_path / "key").write_bytes(b"old")
+
+    def half(source: Path, target: Path) -> None:
+        target.write_bytes(b"n")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", half)
+        with pytest.raises(TrainingFailure, match=f"no room on the disk of {tmp_path}/key"):
+            store.download("key", tmp_path / "key")
+    assert (tmp_path / "key").read_bytes() == b"old"
+    assert not (tmp_path / "key.part").exists()
+    store.download("key", tmp_path / "key")
+    assert (tmp_path / "key").read_bytes() == b"new"
+
+
+# --------------------------------------------------------------------------------------------------------------- fetching --
+def test_too_little_room_is_told_before_the_first_byte(wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wire.objects |= {"m/weights": bytes(3 << 20), "m/config.json": b"{}"}
+    folder, store = tmp_path / "model", open_store("s3://bucket/m")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, 2 << 20))
+    with pytest.raises(TrainingFailure) as failed:
+        fetch_folder(store, folder)
+    assert failed.value.failure.reason == "StorageUnavailable"
+    assert failed.value.message == (
+        f"model: s3://bucket/m needs 3.0 MiB more in {folder}, where 2.0 MiB are free: give the trainer a larger volume"
+    )
+    assert left(folder) == []
+    assert not any("weights" in asked for asked in wire.asked)
+    # What is there already, in part, needs no room again.
+    monkeypatch.setattr(PartFile, "commit", lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+        with pytest.raises(TrainingFailure, match="broken"):
+            fetch_files(store, {"weights": store.stat("weights")}, folder, "model")
+    with pytest.raises(TrainingFailure, match="broken"):
+        fetch_files(store, {"weights": store.stat("weights")}, folder, "model")
+
+
+def test_progress_is_told_now_and_then(wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wire.objects |= {"m/a": bytes(2 << 20), "m/b": bytes(5 << 19)}
+    lines: list[str] = []
+    fetch_folder(open_store("s3://bucket/m"), tmp_path / "quick", log=lines.append)
+    assert lines == [], "nothing to say of a moment"
+    monkeypatch.setattr("finetune_trainer.fetch.EVERY", 0.0)
+    fetch_folder(open_store("s3://bucket/m"), tmp_path / "slow", "data", lines.append)
+    assert lines[-1] == "data: 4.5 MiB of 4.5 MiB"
+    assert "data: 1.0 MiB of 4.5 MiB" in lines
+
+
+def test_a_file_of_a_folder_is_copied_once(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "data")
+    store.put("train.csv", b"old")
+    copied: list[str] = []
+
+    def fetch(folder: Path = tmp_path / "data") -> bytes:
+        place = FolderStore(folder)
+        fetch_files(place, {"train.csv": place.stat("train.csv")}, tmp_path / "work", "data", copied.append)
+        return (tmp_path / "work/train.csv").read_bytes()
+
+    assert fetch() == b"old"
+    (tmp_path / "work/train.csv").write_bytes(b"OLD")  # of the same size: it would be copied over
+    assert fetch() == b"OLD"
+    times = (store.root / "train.csv").stat()
+    (store.root / "train.csv").write_bytes(b"new")
+    os.utime(store.root / "train.csv", ns=(times.st_atime_ns, times.st_mtime_ns))  # as copies that keep the time
+    assert fetch() == b"new"
+    (tmp_path / "work" / FETCHED).write_text("half a fi")
+    assert fetch() == b"new"
+    shutil.copytree(store.root, tmp_path / "other")
+    (tmp_path / "other/train.csv").write_bytes(b"two")
+    assert fetch(tmp_path / "other") == b"two"
+
+
+def test_what_was_written_before_the_machine_stopped_is_fetched_again(
+    wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire.objects["m/a"] = b"content"
+    store = open_store("s3://bucket/m")
+
+    def fetch() -> int:
+        before = wire.asked.count("GET m/a")
+        fetch_files(store, {"a": store.stat("a")}, tmp_path, "model")
+        return wire.asked.count("GET m/a") - before
+
+    assert [fetch(), fetch()] == [1, 0]
+    monkeypatch.setattr("finetune_trainer.fetch.boot", lambda: "another")
+    assert [fetch(), fetch()] == [1, 0]
+
+
 # ------------------------------------------------------------------------------------------------------------------ s3 --
 def test_what_consoles_leave_for_a_folder_is_no_file(wire: Wire, tmp_path: Path) -> None:
     # "'' is no name of a file", or a file where a folder was to be.
@@ -149,12 +296,60 @@ def test_what_is_deleted_while_it_is_looked_at_is_tried_again(wire: Wire) -> Non
 
 
 def test_conflicts_without_end_are_told(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_trainer.store.CONFLICT_WAIT", 0.001)
+    monkeypatch.setattr("finetune_trainer.s3.CONFLICT_WAIT", 0.001)
     wire.faults["PUT key"] = [CONFLICT] * 100
     with pytest.raises(TrainingFailure, match="the storage answered ConditionalRequestConflict") as failed:
         open_store("s3://bucket").put_if_absent("key", b"mine")
     assert failed.value.failure.reason == "StorageUnavailable"
     assert len(wire.asked) < 10
+
+
+def test_settings_that_cannot_be_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value, said in (
+        ("AWS_S3_ADDRESSING_STYLE", "sideways", "AWS_S3_ADDRESSING_STYLE: 'sideways' is none of path, virtual, auto"),
+        ("AWS_ENDPOINT_URL", "minio:9000", "Invalid endpoint: minio:9000"),
+        ("AWS_CA_BUNDLE", "/none/ca.crt", "AWS_CA_BUNDLE: there is no file /none/ca.crt"),
+        ("AWS_REQUEST_CHECKSUM_CALCULATION", "never", "request_checksum_calculation"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(boto3, "DEFAULT_SESSION", None)
+            patch.setenv(name, value)
+            with pytest.raises(TrainingFailure, match=said) as failed:
+                open_store("s3://bucket/out")
+            assert failed.value.failure.reason == "RecipeInvalid"
+
+
+@pytest.mark.parametrize(
+    ("variables", "url"),
+    [
+        ({}, "https://bucket.s3.eu-north-1.amazonaws.com/x"),
+        ({"AWS_S3_ADDRESSING_STYLE": "path"}, "https://s3.eu-north-1.amazonaws.com/bucket/x"),
+        ({"AWS_ENDPOINT_URL": "http://minio:9000"}, "http://minio:9000/bucket/x"),
+        ({"AWS_ENDPOINT_URL": "http://other", "AWS_ENDPOINT_URL_S3": "http://minio:9000"}, "http://minio:9000/bucket/x"),
+        ({"AWS_ENDPOINT_URL_S3": "http://s3.lan", "AWS_S3_ADDRESSING_STYLE": "virtual"}, "http://bucket.s3.lan/x"),
+    ],
+)
+def test_where_the_bucket_is(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], url: str) -> None:
+    for name, value in {
+        "AWS_REGION": "eu-north-1",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+    }.items() | variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    store = open_store("s3://bucket/x")
+    assert isinstance(store, S3Store)
+    asked: list[str] = []
+
+    def note(request: Any, **_: object) -> AWSResponse:
+        asked.append(request.url)
+        return AWSResponse(
+            request.url, 200, {"Content-Length": "0", "ETag": '""'}, HTTPResponse(BytesIO(), preload_content=False)
+        )
+
+    store.client.meta.events.register("before-send.s3", note)
+    store.client.head_object(Bucket="bucket", Key="x")
+    assert asked == [url]
 
 
 # ------------------------------------------------------------------------------------------------------------ tidying --
