@@ -19,6 +19,7 @@ from botocore.exceptions import ClientError
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.fetch import FETCHED, fetch_folder
+from finetune_trainer.lineage import Lineage
 from finetune_trainer.partfile import RANGE
 from finetune_trainer.s3 import PART, S3Store
 from finetune_trainer.store import Missing, open_store
@@ -135,7 +136,7 @@ def test_a_training_behind_such_a_storage_is_the_same_training(faulty: Faulty, b
 def test_a_checkpoint_outlives_a_storage_that_is_gone(
     faulty: Faulty, bucket: str, tmp_path: Path, large: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = Checkpoints(open_store(f"s3://{bucket}/out"), tmp_path, "d" * 64, keep_last=1, overwrite=False)
+    made = Checkpoints(open_store(f"s3://{bucket}/out"), tmp_path, Lineage("d" * 64), keep_last=1, overwrite=False)
     made.begin(0)
     done: list[Checkpoint] = []
 
@@ -146,7 +147,7 @@ def test_a_checkpoint_outlives_a_storage_that_is_gone(
     digest = hashlib.sha256(large.read_bytes()).hexdigest()
     faulty.gone(9)
     began = time.monotonic()
-    made.save(1, stage, done.append)
+    made.save(1, lambda: stage, done.append)
     made.wait()
     assert 9 <= time.monotonic() - began < 30
     assert [f["sha256"] for f in done[0].manifest["files"]] == [digest]

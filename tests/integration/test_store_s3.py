@@ -1,5 +1,6 @@
 """The trainer's storage on a real S3 server: conditional writes, checksums, every refusal as its failure class, and a whole run."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import Missing, Store, open_store
+from support.crashes import survives
 from testcluster import S3Server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit/trainer"))
@@ -255,3 +257,26 @@ def test_a_storage_that_refuses_ends_the_process_in_seconds(
     assert (got, end.outcome, end.reason) == (code, Outcome.FAILED, reason)
     assert (change or f"s3://{bucket}/out") in end.message
     assert time.monotonic() - began < 15
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints --
+def test_what_did_not_change_is_copied_where_it_is(store: Store, s3: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(os.urandom(3 << 20))
+    store.upload(tmp_path / "weights", "step-1/weights")
+    store.copy("step-1/weights", "step-2/weights")
+    store.delete("step-1/weights")
+    store.download("step-2/weights", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "weights").read_bytes()
+    with pytest.raises(Missing):
+        store.copy("step-1/weights", "step-3/weights")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_death_at_any_operation_loses_nothing_durable(s3: S3Server, bucket: str, tmp_path: Path, *, after: bool) -> None:
+    """Every fifth operation, beginning anew for each; those of a folder are all in tests/unit/trainer/test_crashes.py."""
+    for at in itertools.count(2 * after, 5):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        if not survives(lambda at=at: open_store(f"s3://{bucket}/{at}"), folder, at, after=after):
+            break
+    assert at > 50, "operations that it died at"

@@ -91,21 +91,24 @@ def train(store: Any, scratch: Path, durable: Path, steps: int) -> None:
         checkpoints.wait()
 
 
-def survives(store: Store, folder: Path, at: int, *, after: bool, steps: int = 4) -> bool:
-    """Dies at that operation of a training; another one goes on. False where there is no such operation. Raises AssertionError."""
+def survives(opened: Callable[[], Store], folder: Path, at: int, *, after: bool, steps: int = 4) -> bool:
+    """Dies at that operation of a training; another one goes on. False where there is no such operation. Raises AssertionError.
+
+    Each process opens the store itself: they must not share connections.
+    """
     durable = folder / "durable"
     durable.write_text("")
-    code = in_a_process(lambda: train(Dying(store, at, after=after), folder / "first", durable, steps))
+    code = in_a_process(lambda: train(Dying(opened(), at, after=after), folder / "first", durable, steps))
     if code == 0:
         return False
     assert code == -signal.SIGKILL, code
     committed = [int(line) for line in durable.read_text().split()]
     lines: list[str] = []
-    restored = execution(store, folder / "reader", log=lines.append).restore()
+    restored = execution(opened(), folder / "reader", log=lines.append).restore()
     assert (restored[0].step if restored else 0) >= max(committed, default=0), (at, after, lines)
     assert restored is None or whole(restored[1], restored[0].step)
-    assert in_a_process(lambda: train(store, folder / "second", durable, steps + 1)) == 0
-    last = execution(store, folder / "last").restore()
+    assert in_a_process(lambda: train(opened(), folder / "second", durable, steps + 1)) == 0
+    last = execution(opened(), folder / "last").restore()
     assert last is not None
     assert last[0].step == steps + 1
     assert whole(last[1], steps + 1)

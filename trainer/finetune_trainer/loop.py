@@ -50,15 +50,16 @@ class Loop:
     on_step: Callable[[float, float], None]
     on_evaluation: Callable[[Evaluated], None]
     on_commit: Callable[[Checkpoint], None]
+    base: str = ""
     group: Group = ALONE
     state: TrainState = field(default_factory=TrainState)
     resumed: Path | None = None
 
     def __post_init__(self) -> None:
         self.hyper, self.device = self.recipe.hyperparameters, self.group.device()
-        self.state.data = data = self.train_data.digest
+        self.state.data, self.state.base = self.train_data.digest, self.base
         if self.resumed is not None:
-            self.state = snapshot.progress(self.resumed, data)
+            self.state = snapshot.progress(self.resumed, self.state)
             self.checkpoints.best = self.state.best_checkpoint
         snapshot.agree_on_threads(self.state, self.device)
         precision = Precision(self.state.precision or resolve(self.recipe.precision, self.device))

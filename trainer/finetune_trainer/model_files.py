@@ -3,6 +3,7 @@
 In a checkpoint the weights that do not train are a file of their own: it is the same in every checkpoint, and goes to the storage once.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Set as AbstractSet
@@ -72,3 +73,13 @@ def _save_in_two(trained: "PreTrainedModel", folder: Path, weights: "Weights", f
     size = sum((folder / name).stat().st_size for name in (FROZEN, TRAINED))
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def digest(folder: Path) -> str:
+    """sha256 (hex) of a model's weights."""
+    made = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        made.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            made.update(hashlib.file_digest(file, "sha256").digest())
+    return made.hexdigest()

@@ -275,6 +275,7 @@ class Run:
             on_step=on_step,
             on_evaluation=on_evaluation,
             on_commit=on_commit,
+            base=model_files.digest(self.source) if self.recipe.model.partly_saved else "",
             group=self.group,
             resumed=restored[1] if restored else None,
         )

@@ -44,6 +44,8 @@ class TrainState:
     """As resolved at the first step: a resume on other hardware goes on in the same format."""
     data: str = ""
     """Digest of the training examples as the model reads them."""
+    base: str = ""
+    """Digest of the model beside which the rest trains, where checkpoints do not hold it (adapters, a head on a frozen encoder)."""
     threads: int = 0
     """Of each process on a CPU: sums are split among them, and another number would round otherwise."""
     micro_batch: int | None = None
@@ -123,14 +125,20 @@ def write(
 
 
 # ---------------------------------------------------------------------------------------------------------- restore ----
-def progress(folder: Path, data: str) -> TrainState:
-    """How far it was. Raises TrainingFailure: DataInvalid where that was with other training data."""
+def progress(folder: Path, now: TrainState) -> TrainState:
+    """How far it was. Raises TrainingFailure where that was with other training data or beside another model than there are now."""
     try:
         known = json.loads((folder / "trainer/state.json").read_text())
         state = TrainState(**{key: value for key, value in known.items() if key != "scaler"})
     except (ValueError, TypeError, AttributeError) as error:  # its hash fits: another version wrote it, or somebody
         raise TrainingFailure("CheckpointCorrupt", f"{folder.name}/trainer/state.json is not one of this version's") from error
-    if state.data != data:
+    if state.base != now.base:
+        raise TrainingFailure(
+            "ModelNotFound",
+            f"model.uri: its weights are not those that the checkpoint of step {state.step} was trained beside: bring them back (a model of "
+            "the hub can be pinned as hf://org/name@revision), or choose another output.storageUri to train from the start",
+        )
+    if state.data != now.data:
         raise TrainingFailure(
             "DataInvalid",
             f"dataset.train: its examples are not those that the checkpoint of step {state.step} was trained with: bring them back, or "

@@ -22,7 +22,7 @@ def test_a_death_at_any_operation_loses_nothing_durable(tmp_path: Path, *, after
     for at in itertools.count():
         folder = tmp_path / str(at)
         folder.mkdir()
-        if not survives(FolderStore(folder / "store"), folder, at, after=after):
+        if not survives(lambda folder=folder: FolderStore(folder / "store"), folder, at, after=after):
             break
     assert at > 50, "operations that it died at"
 

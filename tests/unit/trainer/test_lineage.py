@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from test_resume import same
-from trainer_kit import Job, Killed, merged, write_csv, write_data
+from trainer_kit import Job, Killed, make_model, merged, write_csv, write_data
 from trainer_kit import rows as examples
 
 from finetune_api import Recipe
@@ -112,6 +113,19 @@ def test_other_examples_under_the_same_name_are_told(job: Job) -> None:
     with pytest.raises(TrainingFailure, match=r"dataset\.train: its examples are not those that .* step 6") as failed:
         moved.run()
     assert failed.value.failure.reason == "DataInvalid"
+
+
+@pytest.mark.parametrize("part", [{"lora": {"rank": 2, "alpha": 4}}, {"pooling": "Mean"}], ids=["adapters", "pooled"])
+def test_another_model_under_the_same_name_is_told(job: Job, part: dict[str, Any]) -> None:
+    """Where a checkpoint does not hold all of it."""
+    moved = replace(job, model=make_model(job.home / "model"), changes={"model": part}, runs=[])
+    with pytest.raises(Killed):
+        moved.run(kill_at=9)
+    file = moved.model / "model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(TrainingFailure, match=r"model\.uri: its weights are not those .* step 6 .*@revision") as failed:
+        moved.run()
+    assert failed.value.failure.reason == "ModelNotFound"
 
 
 def test_a_later_version_with_more_fields_knows_its_own(job: Job) -> None:
