@@ -35,8 +35,8 @@ CHECK_PATIENCE = 10.0
 """Seconds after which a first check gives up: an endpoint that is wrong is to be told soon, and a proxy beside us needs a moment to start."""
 MIN_WAIT, MAX_WAIT = 0.2, 10.0
 """Seconds: a wait is a random part of the first, doubled with each try up to the second."""
-TOLD_AFTER = 5.0
-"""Seconds of trying again after which that is said."""
+TOLD_AFTER, TOLD_AGAIN = 5.0, 60.0
+"""Seconds of trying again after which that is said, and said again."""
 PART, MAX_PARTS = 16 * MiB, 1000
 """Bytes of a part of an upload, more only where there would be too many: 10,000 are allowed, of up to 5 GiB; objects up to 5 TB."""
 THREADS = 4
@@ -85,6 +85,7 @@ class S3Store:
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self.patience = patience
         self.client = s3_client()
+        self._told = -TOLD_AGAIN
 
     # --------------------------------------------------------------------------------------------------- small objects --
     def put(self, key: str, data: bytes) -> None:
@@ -272,7 +273,7 @@ class S3Store:
     def _patiently(self, key: str, operation: Callable[[], T], patience: float | None = None) -> T:
         """Its result, however often it takes within the patience, which begins with the first try that fails."""
         patience = self.patience if patience is None else patience
-        tried, began, told = 0, 0.0, False
+        tried, began = 0, 0.0
         while True:
             try:
                 with self._errors(key):
@@ -283,9 +284,9 @@ class S3Store:
                 if (left := began + patience - now) <= 0:
                     after = f" (tried for {patience:.0f} s)" if patience else ""
                     raise TrainingFailure("StorageUnavailable", f"{failure.message}{after}") from failure
-                if not told and now - began > TOLD_AFTER and left > TOLD_AFTER:
+                if min(now - began, left) > TOLD_AFTER and now - self._told > TOLD_AGAIN:
                     _log.warning("%s (trying again for %.0f s at most)", failure.message, left)
-                    told = True
+                    self._told = now
                 time.sleep(min(left, random.uniform(0, min(MAX_WAIT, MIN_WAIT * 2 ** min(tried, 10)))))
                 tried += 1
 
