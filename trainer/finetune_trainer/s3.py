@@ -225,6 +225,8 @@ class S3Store:
 
         def go_on() -> None:
             nonlocal at
+            if at == end:  # it broke off behind the last byte
+                return
             # Without a range, where all is asked for: then there is a checksum to hold it against.
             some = {} if (at, end) == (0, stored.size) else {"Range": f"bytes={at}-{end - 1}"}
             try:
@@ -246,8 +248,7 @@ class S3Store:
                 raise
 
         try:
-            while at < end:
-                self._patiently(key, go_on)
+            self._patiently(key, go_on)
             part.finished(number)
         except BaseException:
             tell(start - at)  # what is not complete is fetched again
@@ -284,10 +285,11 @@ class S3Store:
                 if (left := began + patience - now) <= 0:
                     after = f" (tried for {patience:.0f} s)" if patience else ""
                     raise TrainingFailure("StorageUnavailable", f"{failure.message}{after}") from failure
-                if min(now - began, left) > TOLD_AFTER and now - self._told > TOLD_AGAIN:
+                pause = min(left, random.uniform(0, min(MAX_WAIT, MIN_WAIT * 2 ** min(tried, 10))))
+                if now + pause - began > TOLD_AFTER < left and now - self._told > TOLD_AGAIN:
                     _log.warning("%s (trying again for %.0f s at most)", failure.message, left)
                     self._told = now
-                time.sleep(min(left, random.uniform(0, min(MAX_WAIT, MIN_WAIT * 2 ** min(tried, 10)))))
+                time.sleep(pause)
                 tried += 1
 
     def _anew(self, key: str, transfer: Callable[[], None]) -> None:
