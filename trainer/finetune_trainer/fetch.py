@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.partfile import boot, part_of
-from finetune_trainer.store import Store, Stored, is_plain
+from finetune_trainer.store import Store, Stored, disk_errors, is_plain
 
 FETCHED = ".fetched.json"
 EVERY = 5.0
@@ -55,16 +55,17 @@ def fetch_files(store: Store, entries: Mapping[str, Stored], folder: Path, what:
     wanted = {key: stored for key, stored in entries.items() if not is_there(key, stored)}
     if not wanted:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_room(store, wanted, folder, what)
-    progress = _Progress(what, sum(stored.size for stored in wanted.values()), log)
-    for key in wanted:
-        fetched.pop(key, None)  # until it is there
-        store.download(key, folder / key, progress)
-        fetched[key] = versions[key]
-        temporary = part_of(folder / FETCHED)
-        temporary.write_text(json.dumps(fetched, indent=1))
-        temporary.replace(folder / FETCHED)
+    with disk_errors(store.uri, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(store, wanted, folder, what)
+        progress = _Progress(what, sum(stored.size for stored in wanted.values()), log)
+        for key in wanted:
+            fetched.pop(key, None)  # until it is there
+            store.download(key, folder / key, progress)
+            fetched[key] = versions[key]
+            temporary = part_of(folder / FETCHED)
+            temporary.write_text(json.dumps(fetched, indent=1))
+            temporary.replace(folder / FETCHED)
 
 
 def _fetched(folder: Path) -> dict[str, str]:

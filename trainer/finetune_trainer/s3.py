@@ -35,8 +35,8 @@ CHECK_PATIENCE = 10.0
 """Seconds after which a first check gives up: an endpoint that is wrong is to be told soon, and a proxy beside us needs a moment to start."""
 MIN_WAIT, MAX_WAIT = 0.2, 10.0
 """Seconds: a wait is a random part of the first, doubled with each try up to the second."""
-TOLD_AFTER = 5.0
-"""Seconds of trying again after which that is said."""
+TOLD_AFTER, TOLD_AGAIN = 5.0, 60.0
+"""Seconds of trying again after which that is said, and said again."""
 PART, MAX_PARTS = 16 * MiB, 1000
 """Bytes of a part of an upload, more only where there would be too many: 10,000 are allowed, of up to 5 GiB; objects up to 5 TB."""
 THREADS = 4
@@ -87,6 +87,7 @@ class S3Store:
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self.patience = patience
         self.client = s3_client()
+        self._told = -TOLD_AGAIN
 
     # --------------------------------------------------------------------------------------------------- small objects --
     def put(self, key: str, data: bytes) -> None:
@@ -233,6 +234,8 @@ class S3Store:
 
         def go_on() -> None:
             nonlocal at
+            if at == end:  # it broke off behind the last byte
+                return
             # Without a range, where all is asked for: then there is a checksum to hold it against.
             some = {} if (at, end) == (0, stored.size) else {"Range": f"bytes={at}-{end - 1}"}
             try:
@@ -254,8 +257,7 @@ class S3Store:
                 raise
 
         try:
-            while at < end:
-                self._patiently(key, go_on)
+            self._patiently(key, go_on)
             part.finished(number)
         except BaseException:
             tell(start - at)  # what is not complete is fetched again
@@ -281,7 +283,7 @@ class S3Store:
     def _patiently(self, key: str, operation: Callable[[], T], patience: float | None = None) -> T:
         """Its result, however often it takes within the patience, which begins with the first try that fails."""
         patience = self.patience if patience is None else patience
-        tried, began, told = 0, 0.0, False
+        tried, began = 0, 0.0
         while True:
             try:
                 with self._errors(key):
@@ -292,10 +294,11 @@ class S3Store:
                 if (left := began + patience - now) <= 0:
                     after = f" (tried for {patience:.0f} s)" if patience else ""
                     raise TrainingFailure("StorageUnavailable", f"{failure.message}{after}") from failure
-                if not told and now - began > TOLD_AFTER and left > TOLD_AFTER:
+                pause = min(left, random.uniform(0, min(MAX_WAIT, MIN_WAIT * 2 ** min(tried, 10))))
+                if now + pause - began > TOLD_AFTER < left and now - self._told > TOLD_AGAIN:
                     _log.warning("%s (trying again for %.0f s at most)", failure.message, left)
-                    told = True
-                time.sleep(min(left, random.uniform(0, min(MAX_WAIT, MIN_WAIT * 2 ** min(tried, 10)))))
+                    self._told = now
+                time.sleep(pause)
                 tried += 1
 
     def _anew(self, key: str, transfer: Callable[[], None]) -> None:
