@@ -5,6 +5,7 @@ Defaults stand here and nowhere else; the API server writes them into stored obj
 
 import hashlib
 import json
+from enum import StrEnum
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -229,17 +230,49 @@ class EvaluationPolicy(Model):
         return self
 
 
+class OnSuspend(StrEnum):
+    """What becomes of the work since the last checkpoint when a job is suspended."""
+
+    SAVE = "Save"
+    DISCARD = "Discard"
+
+
+class WhenBusy(StrEnum):
+    """What a save that is due does while the one before is still being uploaded."""
+
+    WAIT = "Wait"
+    SKIP = "Skip"
+
+
 class CheckpointPolicy(Model):
-    """When training state is saved, and where."""
+    """When training state is saved, and where. Nothing of it changes the trained weights."""
 
     storage_uri: StorageUri | None = None
     """Where checkpoints are: s3://bucket/prefix or file:///path. Default: `checkpoints` below output.storageUri."""
     every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    """Save after every so many optimizer steps. Default: after every evaluation."""
+    """Save after every so many optimizer steps. Default, without everySeconds: after every evaluation."""
+    every_seconds: Annotated[int, Field(ge=10, le=604_800)] | None = None
+    """Save at the first step after so many seconds since the last save: bounds what a crash loses, however long a step takes."""
+    when_busy: WhenBusy = WhenBusy.WAIT
+    """What a save that is due does while the one before is still being uploaded. Wait: training waits for the upload. Skip: that save is
+    left out, so that slow storage does not slow training down; best models and the save at the end are never left out."""
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
     """How many of the newest checkpoints are kept."""
+    on_suspend: OnSuspend = OnSuspend.SAVE
+    """What a suspension does first. Save: the trainer saves, within saveDeadlineSeconds. Discard: the pods are ended within seconds,
+    and what was done since the last checkpoint is done again after the resume. A stop, a drain and a preemption always save."""
     save_deadline_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
     """Time the trainer has to save when it is asked to end (suspend, stop, drain): the pod's termination grace period."""
+
+    cel: ClassVar[tuple[Cel, ...]] = (
+        Cel("!(has(self.everySteps) && has(self.everySeconds))", "set everySteps or everySeconds, not both", ".everySeconds"),
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.every_steps is not None and self.every_seconds is not None:
+            raise ValueError("everySeconds: set everySteps or everySeconds, not both")
+        return self
 
 
 class Output(Model):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.finetunejob import CheckpointStatus
+from finetune_api.report import Refused, Saving
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.store import Missing, Store, is_plain, sweep
 
@@ -71,6 +72,8 @@ class Checkpoints:
         self._told_denied = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.saving = Saving()
+        self.refused: list[Refused] = []
 
     # ---------------------------------------------------------------------------------------------------------- read --
     def committed(self) -> list[Checkpoint]:
