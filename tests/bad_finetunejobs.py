@@ -341,7 +341,11 @@ BAD_EDITS: tuple[BadEdit, ...] = (
         before={"spec.trainer.podTemplate.spec.tolerations": [{"key": "a"}]},
     ),
     BadEdit("checkpoint-while-running", {"spec.checkpoint.keepLast": 5}, "spec.checkpoint may change only while spec.suspend"),
-    BadEdit("on-suspend-with-suspend", {"spec.checkpoint.onSuspend": "Discard", "spec.suspend": True}, "spec.checkpoint may change only"),
+    BadEdit(
+        "on-suspend-with-suspend",
+        {"spec.checkpoint.onSuspend": "Discard", "spec.suspend": True},
+        "spec.checkpoint may change only",
+    ),
     BadEdit("stop-taken-back", {"spec.stop": False}, "stop cannot be taken back", before={"spec.stop": True}),
     BadEdit("max-restarts-negative", {"spec.failurePolicy.maxRestarts": -1}, "maxRestarts"),
 )
