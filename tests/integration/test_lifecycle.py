@@ -35,6 +35,7 @@ SCRIPTS = {
     "evicted": evicted(),
     "crashes": fail(1, "Traceback: of the user's own"),
     "hangs": hang(20),
+    "saves-slowly": PodScript(None, exit_code_on_term=20, seconds_on_term=3600),
     "no-image": image_pull_backoff(),
     "no-node": unschedulable(),
 }
