@@ -49,10 +49,10 @@ def checkpoints(
         except TrainingFailure as failure:
             raise UserError(f"{failure.failure.reason}: {failure.message}", failure.failure.exit_code or 1) from failure
     _show(place, found, said, as_json=as_json)
-    for sentence in unreadable:
+    corrupt = [word for word in said.values() if word not in (WHOLE, GONE)]
+    for sentence in (*unreadable, *corrupt):
         show.note(sentence)
-    bad = [name for name, word in said.items() if word not in (WHOLE, GONE)]
-    return CORRUPT if bad or (verify and unreadable) else 0
+    return CORRUPT if corrupt or (verify and unreadable) else 0
 
 
 def _place(uri: str | None, file: Path | None, overrides: list[str]) -> tuple[str, str | None]:
@@ -131,7 +131,8 @@ def _show(place: str, found: list[Found], said: dict[str, str], *, as_json: bool
         committed = datetime.fromisoformat(manifest["time"]).astimezone(UTC)
         cells = [str(f.checkpoint.step), str(manifest["execution"]), f"{committed:%Y-%m-%d %H:%M:%S}", _size(f.size_bytes)]
         cells += ["best" if f.best else "", str(f.standing), *([manifest["recipe"][:8]] * several)]
-        rows.append((*cells, *([said[f.checkpoint.name]] if said else [])))
+        word = said.get(f.checkpoint.name, "")
+        rows.append((*cells, *([word if word in (WHOLE, GONE) else "no"] if said else [])))
     show.table(f"checkpoints at {place}", header, rows, words=("committed (UTC)", "best", "standing", "recipe", "whole"))
 
 
