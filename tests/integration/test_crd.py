@@ -197,6 +197,10 @@ def test_suspend_change_resume_is_three_edits(kube: Run) -> None:
         ("spec.model", ["Required, unless trainer.command runs a script of yours.", "-required-"]),
         ("spec.hyperparameters", ["How to train.", "Examples per optimizer step", "learningRate", "<number>"]),
         ("spec.dataset.labels", ["their order gives their ids"]),
+        (
+            "spec.checkpoint",
+            ["onSuspend", "A stop, a drain and a preemption always save.", "whenBusy", "everySeconds", "enum: Wait, Skip"],
+        ),
         ("spec.trainer.env", ["<[]Object>", "Environment variables"]),
         ("status.conditions", ["Running, Progressing, Checkpointed, Suspended, Complete and Failed"]),
     ],
