@@ -12,6 +12,7 @@ import yaml
 from bad_finetunejobs import BAD, BAD_EDITS, GOOD, GOOD_EDITS, Bad, BadEdit, GoodEdit, edited
 from finetune_api import FineTuneJob, FineTuneJobStatus
 from finetune_api.manifest import load_job, load_yaml
+from integration.jobs import wait
 from scalars import SCALARS
 from testcluster import Cluster
 
@@ -206,6 +207,7 @@ def test_suspend_change_resume_is_three_edits(kube: Run) -> None:
     ],
 )
 def test_kubectl_explain_reads_well(kube: Run, field: str, words: list[str]) -> None:
+    wait(lambda: kube("explain", "finetunejob", check=False).returncode == 0, "the schema of a CRD that is new")
     text = " ".join(kube("explain", f"finetunejob.{field}").stdout.split())
     assert [w for w in words if w not in text] == []
 
