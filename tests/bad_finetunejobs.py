@@ -107,6 +107,14 @@ BAD: tuple[Bad, ...] = (
     _spec("max-length-4", "dataset.maxLength", 4),
     _spec("keep-last-zero", "checkpoint.keepLast", 0),
     _spec("save-deadline-too-short", "checkpoint.saveDeadlineSeconds", 1),
+    _spec("every-seconds-too-short", "checkpoint.everySeconds", 9),
+    _spec("on-suspend-unknown", "checkpoint.onSuspend", "Keep"),
+    _spec("when-busy-unknown", "checkpoint.whenBusy", "Drop"),
+    Bad(
+        "saves-by-steps-and-by-the-clock",
+        {"spec.checkpoint.everySteps": 100, "spec.checkpoint.everySeconds": 600},
+        "everySeconds",
+    ),
     _spec("negative-max-restarts", "failurePolicy.maxRestarts", -1),
     # --- wrong types ---
     _spec("epochs-as-text", "hyperparameters.epochs", "3"),
@@ -332,6 +340,11 @@ BAD_EDITS: tuple[BadEdit, ...] = (
         before={"spec.trainer.podTemplate.spec.tolerations": [{"key": "a"}]},
     ),
     BadEdit("checkpoint-while-running", {"spec.checkpoint.keepLast": 5}, "spec.checkpoint may change only while spec.suspend"),
+    BadEdit(
+        "on-suspend-with-suspend",
+        {"spec.checkpoint.onSuspend": "Discard", "spec.suspend": True},
+        "spec.checkpoint may change only",
+    ),
     BadEdit("stop-taken-back", {"spec.stop": False}, "stop cannot be taken back", before={"spec.stop": True}),
     BadEdit("max-restarts-negative", {"spec.failurePolicy.maxRestarts": -1}, "maxRestarts"),
 )
@@ -360,5 +373,6 @@ GOOD_EDITS: tuple[GoodEdit, ...] = (
         before={**_SUSPENDED, "spec.trainer.resourcesPerNode": {"limits": {"memory": "32Gi", "nvidia.com/gpu": 1}}},
     ),
     GoodEdit("checkpoint-while-suspended", {"spec.checkpoint.keepLast": 5}, before=_SUSPENDED),
+    GoodEdit("on-suspend-while-suspended", {"spec.checkpoint.onSuspend": "Discard"}, before=_SUSPENDED),
     GoodEdit("labels-of-the-object", {"metadata.labels": {"team": "a"}}),
 )

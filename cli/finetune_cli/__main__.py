@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _validate_parser(commands)
     _predict_parser(commands)
     _evaluate_parser(commands)
+    _checkpoints_parser(commands)
     crds = commands.add_parser("crds", help="print the CustomResourceDefinitions", description="Prints the CRDs as YAML.")
     crds.set_defaults(command=_crds)
     return parser
@@ -129,8 +130,25 @@ def _evaluate_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
     parser.set_defaults(command=_evaluate)
 
 
-def _manifest_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--file", type=Path, required=True, metavar="FILE", help="manifest with one FineTuneJob")
+def _checkpoints_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "checkpoints",
+        help="list, verify or export checkpoints",
+        description="Lists the checkpoints of a job, newest first. Reads only, also while the job trains. Exit 17: one is corrupt.",
+    )
+    parser.add_argument("uri", nargs="?", metavar="URI", help="where they are, s3://bucket/prefix or file:///path; or -f")
+    _manifest_options(parser, required=False)
+    parser.add_argument("--verify", action="store_true", help="download every checkpoint and check size and sha256 of each file")
+    parser.add_argument(
+        "--export", metavar="STEP|best|latest", help="verify this one and write its model/ to --to, for from_pretrained"
+    )
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="a new or empty folder for --export")
+    _output_option(parser)
+    parser.set_defaults(command=_checkpoints)
+
+
+def _manifest_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("-f", "--file", type=Path, required=required, metavar="FILE", help="manifest with one FineTuneJob")
     parser.add_argument(
         "--set",
         action="append",
@@ -153,8 +171,12 @@ def _dataset_option(parser: argparse.ArgumentParser) -> None:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model, or its s3:// or file:// uri")
-    parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="how to print (default: table)")
+    _output_option(parser)
     _s3_option(parser)
+
+
+def _output_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="how to print (default: table)")
 
 
 def _s3_option(parser: argparse.ArgumentParser) -> None:
@@ -208,6 +230,21 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.data,
         text_column=options.text_column,
         label_column=options.label_column,
+        as_json=options.output == "json",
+        s3_root=options.s3_root,
+    )
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from finetune_cli.checkpoints import checkpoints
+
+    return checkpoints(
+        options.uri,
+        options.file,
+        options.overrides,
+        verify=options.verify,
+        export=options.export,
+        to=options.to,
         as_json=options.output == "json",
         s3_root=options.s3_root,
     )

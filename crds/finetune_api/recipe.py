@@ -259,8 +259,8 @@ class CheckpointPolicy(Model):
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
     """How many of the newest checkpoints are kept."""
     on_suspend: OnSuspend = OnSuspend.SAVE
-    """What a suspension does first. Save: the trainer saves, within saveDeadlineSeconds. Discard: the pods are ended within seconds,
-    and what was done since the last checkpoint is done again after the resume. A stop, a drain and a preemption always save."""
+    """What a suspension does first. Save: the trainer saves, within saveDeadlineSeconds. Discard: the pods get a second
+    or two, and what was not saved by then is done again after the resume. A stop, a drain and a preemption always save."""
     save_deadline_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
     """Time the trainer has to save when it is asked to end (suspend, stop, drain): the pod's termination grace period."""
 

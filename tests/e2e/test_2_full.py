@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from e2e.test_1_smoke import job, trainer, wait_checkpoint
 from e2e.world import DATA, MODELS, RELEASE, ROOT, SYSTEM, World
-from integration.jobs import Jobs, Object, wait
+from integration.jobs import Jobs, Object, manifest, wait
 from testcluster import S3Server
 from testcluster.node import ADDRESS
 from testcluster.pki import Authority
@@ -49,6 +49,17 @@ def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Pa
     wait(
         lambda: not [s for s in jobs.list("services") if s["metadata"]["name"] == "pair-nodes"], "the Service to go with its job"
     )
+
+
+def test_a_suspension_that_discards_does_not_wait_for_a_pod_that_goes_on(jobs: Jobs) -> None:
+    own = dict.fromkeys(("task", "model", "dataset", "output"))
+    stubborn = ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
+    policy = {"onSuspend": "Discard", "saveDeadlineSeconds": 600}
+    jobs.apply(manifest("stubborn", **own, trainer={"command": stubborn}, checkpoint=policy))
+    jobs.wait_state("stubborn", "Running", 240)
+    jobs.patch("stubborn", {"suspend": True})
+    jobs.wait_state("stubborn", "Suspended", 90)
+    assert not jobs.list("pods")
 
 
 TASKS: dict[str, tuple[str, str, Object]] = {

@@ -316,7 +316,7 @@ def test_the_token_has_these_rights_and_no_others(cluster: Cluster, helm_binary:
         ("create", "secrets"),
         ("get", "secrets/other"),
         ("create", "pods"),
-        ("delete", "pods"),
+        ("deletecollection", "pods"),
         ("create", "pods/exec"),
         ("get", "configmaps"),
         ("update", "finetunejobs.finetune.dev"),

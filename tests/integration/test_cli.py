@@ -355,6 +355,37 @@ def test_the_same_manifest_on_a_real_s3_server(place: Place, s3: S3Server, tmp_p
     assert json.loads(predicted.stdout)[0]["label"] in LABELS
 
 
+def test_checkpoints_on_a_real_s3_server(place: Place, s3: S3Server, tmp_path: Path) -> None:
+    bucket = s3.create_bucket("cli-checkpoints")
+    for path in (place.bucket / "data").glob("*.csv"):
+        s3.client().upload_file(str(path), bucket, f"data/{path.name}")
+    dataset = {"uri": f"s3://{bucket}/data", "labels": LABELS, "maxLength": 32}
+    policy = {"hyperparameters": {"epochs": 2, "batchSize": 8}, "checkpoint": {"everySteps": 10}}
+    file = place.manifest("saves", dataset=dataset, output={"storageUri": f"s3://{bucket}/out"}, **policy)
+    done = execute("run", "-f", file, "--workdir", tmp_path / "w", "--model-mirror", place.mirror, env=s3.environment())
+    assert done.returncode == 0, done.stderr
+    uri = f"s3://{bucket}/out/checkpoints"
+    by_file, by_uri = (
+        execute("checkpoints", *named, "--verify", "-o", "json", env=s3.environment()) for named in (["-f", file], [uri])
+    )
+    assert by_file.returncode == 0, by_file.stderr
+    assert by_file.stdout == by_uri.stdout
+    rows = json.loads(by_file.stdout)
+    assert rows[0]["step"] == 30
+    assert {(r["standing"], r["whole"]) for r in rows} == {("counts", True)}
+    to = tmp_path / "best"
+    exported = execute("checkpoints", uri, "--export", "best", "--to", to, env=s3.environment())
+    assert exported.returncode == 0, exported.stderr
+    predicted = execute("predict", "--model", to, "-o", "json", "good")
+    assert json.loads(predicted.stdout)[0]["label"] in LABELS
+    key = f"out/checkpoints/{rows[0]['name']}/model/model.safetensors"
+    s3.client().put_object(Bucket=bucket, Key=key, Body=b"cut off")
+    corrupt = execute("checkpoints", uri, "--verify", env=s3.environment())
+    assert corrupt.returncode == 17
+    assert f"{rows[0]['name']} is not used: model/model.safetensors differs" in corrupt.stderr
+    assert_sentence(execute("checkpoints", "s3://cli-missing/x", env=s3.environment()), 15, "cli-missing", "does not exist")
+
+
 def test_a_missing_bucket_and_wrong_credentials(place: Place, s3: S3Server, tmp_path: Path) -> None:
     missing = place.manifest("nobucket", output={"storageUri": "s3://cli-missing/out"})
     done = execute("run", "-f", missing, "--workdir", tmp_path, env=s3.environment())

@@ -12,6 +12,7 @@ import yaml
 from bad_finetunejobs import BAD, BAD_EDITS, GOOD, GOOD_EDITS, Bad, BadEdit, GoodEdit, edited
 from finetune_api import FineTuneJob, FineTuneJobStatus
 from finetune_api.manifest import load_job, load_yaml
+from integration.jobs import wait
 from scalars import SCALARS
 from testcluster import Cluster
 
@@ -197,11 +198,16 @@ def test_suspend_change_resume_is_three_edits(kube: Run) -> None:
         ("spec.model", ["Required, unless trainer.command runs a script of yours.", "-required-"]),
         ("spec.hyperparameters", ["How to train.", "Examples per optimizer step", "learningRate", "<number>"]),
         ("spec.dataset.labels", ["their order gives their ids"]),
+        (
+            "spec.checkpoint",
+            ["onSuspend", "A stop, a drain and a preemption always save.", "whenBusy", "everySeconds", "enum: Wait, Skip"],
+        ),
         ("spec.trainer.env", ["<[]Object>", "Environment variables"]),
         ("status.conditions", ["Running, Progressing, Checkpointed, Suspended, Complete and Failed"]),
     ],
 )
 def test_kubectl_explain_reads_well(kube: Run, field: str, words: list[str]) -> None:
+    wait(lambda: kube("explain", "finetunejob", check=False).returncode == 0, "the schema of a CRD that is new")
     text = " ".join(kube("explain", f"finetunejob.{field}").stdout.split())
     assert [w for w in words if w not in text] == []
 

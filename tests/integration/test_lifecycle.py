@@ -35,6 +35,7 @@ SCRIPTS = {
     "evicted": evicted(),
     "crashes": fail(1, "Traceback: of the user's own"),
     "hangs": hang(20),
+    "saves-slowly": PodScript(None, exit_code_on_term=20, seconds_on_term=3600),
     "no-image": image_pull_backoff(),
     "no-node": unschedulable(),
 }
@@ -173,6 +174,28 @@ def test_suspend_and_resume(jobs: Jobs) -> None:
     status = jobs.wait_state("hangs", "Running")
     assert (status["attempt"], status["restarts"]) == (2, 0)
     assert jobs.condition("hangs", "Suspended")["reason"] == "Resumed"
+
+
+def test_a_suspension_that_discards_gives_the_pod_no_time_to_save(jobs: Jobs) -> None:
+    jobs.apply(manifest("saves-slowly", checkpoint={"onSuspend": "Discard", "saveDeadlineSeconds": 3600}))
+    jobs.wait_state("saves-slowly", "Running")
+    time.sleep(2.0)  # work to lose
+    pod = jobs.list("pods")[0]
+    assert pod["spec"]["terminationGracePeriodSeconds"] == 3600
+    jobs.patch("saves-slowly", {"suspend": True})
+    status = jobs.wait_state("saves-slowly", "Suspended", 60)
+    assert jobs.list("pods") == []
+    assert (status["restarts"], status["lostWorkSeconds"] >= 2) == (0, True)
+    jobs.patch("saves-slowly", {"suspend": False})
+    assert jobs.wait_state("saves-slowly", "Running")["attempt"] == 2
+    # A stop saves all the same: the pod keeps its hour, until somebody cuts that short.
+    name = jobs.list("pods")[0]["metadata"]["name"]
+    jobs.patch("saves-slowly", {"stop": True})
+    grace = wait(lambda: jobs.get(name, "pod")["metadata"].get("deletionGracePeriodSeconds"), "the pod asked to end")
+    assert grace == 3600
+    assert jobs.status("saves-slowly")["state"] in ("Running", "Stopping")
+    jobs.cluster.kubectl("-n", jobs.namespace, "delete", "pod", name, "--grace-period=1", "--wait=false")
+    jobs.wait_state("saves-slowly", "Complete")
 
 
 def test_a_change_made_while_suspended_is_used_by_the_next_attempt(jobs: Jobs) -> None:

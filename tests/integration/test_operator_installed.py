@@ -48,8 +48,8 @@ def team(cluster: Cluster, name: str) -> Jobs:
 
 
 def life(jobs: Jobs, runner: PodRunner) -> None:
-    """Two jobs that need every right in their namespace: progress, a restart, a suspend, several pods."""
-    jobs.apply(manifest("train"), manifest("pair", trainer={"numNodes": 2}))
+    """Two jobs that need every right in their namespace: progress, a restart, a suspend that discards, several pods."""
+    jobs.apply(manifest("train"), manifest("pair", trainer={"numNodes": 2}, checkpoint={"onSuspend": "Discard"}))
     first = Pod(jobs, "train-1")
     runner.wait_running(first.name)
     jobs.wait_state("train", "Running")

@@ -142,3 +142,31 @@ def test_a_pod_that_posts_too_much_is_slowed_down(poster: Poster) -> None:
     codes = [poster.post(token)[0] for _ in range(40)]
     assert codes[0] == 200
     assert 429 in codes
+
+
+def test_what_saving_costs_and_a_refused_checkpoint_reach_metrics_and_events(poster: Poster, operator: Operator) -> None:
+    def metric(name: str) -> float:
+        return operator.metric(name, namespace=poster.jobs.namespace)
+
+    token = poster.token(poster.jobs.wait_pod("mine-1"))
+    refused = {"checkpoint": "step-00000480-0002", "message": "model/model.safetensors differs from its manifest"}
+    saving = {"saves": 2, "skipped": 1, "blockingSeconds": 1.5, "uploadSeconds": 8.0, "uploadedBytes": 4096}
+    for more in ({}, {"saves": 3}, {"saves": 3}):
+        assert poster.post(token, {**REPORT, "saving": saving | more, "corrupt": [refused]})[0] == 200
+        time.sleep(1.0)
+    wait(lambda: metric("finetune_checkpoint_saves_total") == 3, "three saves counted")
+    assert metric("finetune_checkpoint_skipped_total") == 1
+    assert metric("finetune_checkpoint_blocking_seconds_total") == 1.5
+    assert metric("finetune_checkpoint_upload_seconds_total") == 8
+    assert metric("finetune_checkpoint_uploaded_bytes_total") == 4096
+    assert metric("finetune_checkpoint_age_seconds") > 0
+    events = [e for e in poster.jobs.list("events") if e["reason"] == "CheckpointCorrupt"]
+    assert [(e["type"], e["involvedObject"]["name"]) for e in events] == [("Warning", "mine")]
+    assert all(word in events[0]["message"] for word in refused.values())
+    for name in ("mine", "other"):
+        poster.jobs.patch(name, {"stop": True})
+        poster.jobs.wait_state(name, "Complete")
+    assert (
+        f'finetune_checkpoint_age_seconds{{name="mine",namespace="{poster.jobs.namespace}"}}' not in operator.http("metrics")[1]
+    )
+    assert metric("finetune_lost_work_seconds_total") >= 2

@@ -47,8 +47,7 @@ def run(stopping: threading.Event) -> int:
             outcome=Outcome.INTERRUPTED if interrupted else Outcome.FAILED,
             reason=failure.failure.reason,
             message=failure.message,
-            checkpoint=current.checkpoint if current else None,
-            resumed_from=current.resumed_from if current else None,
+            **(current.facts if current else {}),
         )
     except Exception as error:  # noqa: BLE001  (the last line of defence: told to the operator, and the traceback to the log)
         traceback.print_exc()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api import Recipe, names
 from finetune_api.finetunejob import CheckpointStatus, Evaluation, MetricValue, Result
 from finetune_api.model_source import Pooling
-from finetune_api.report import EndReport, Outcome, ProgressReport, ResultFile
+from finetune_api.report import MAX_REFUSED, EndReport, Outcome, ProgressReport, ResultFile
 from finetune_api.tasks import Task
 from finetune_trainer import adapters, model, model_files, token_cache
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
@@ -46,6 +46,7 @@ class Run:
     runtime: Runtime
     stopping: threading.Event
     console: Console = field(default_factory=Console)
+    checkpoints: Checkpoints | None = None
     checkpoint: CheckpointStatus | None = None
     resumed_from: CheckpointStatus | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -55,6 +56,13 @@ class Run:
 
     def __post_init__(self) -> None:
         self.kind = kind_of(self.recipe.task, self.recipe.dataset)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every report says of this run's checkpoints, whether it goes on or how it ended."""
+        seen = self.checkpoints
+        cost = {"saving": seen.saving, "corrupt": seen.refused[:MAX_REFUSED]} if seen else {}
+        return {"checkpoint": self.checkpoint, "resumed_from": self.resumed_from, **cost}
 
     def __call__(self) -> EndReport:
         """Trains, or finds that it is done already. Raises TrainingFailure."""
@@ -122,7 +130,7 @@ class Run:
         recipe, scratch = self.recipe, self.runtime.workdir
         if recipe.hyperparameters.deterministic:
             model.make_deterministic()
-        checkpoints = Checkpoints(
+        self.checkpoints = checkpoints = Checkpoints(
             open_store(recipe.checkpoint_uri, self.runtime.s3_root, patience=LONG_PATIENCE),
             scratch / "checkpoints",
             Lineage.of(recipe, len(splits["train"])),
@@ -238,10 +246,7 @@ class Run:
         def tell(*, urgent: bool = False) -> None:
             status = trainer_status(loop.state.step, loop.total_steps, latest["left"], latest["values"], latest["scores"])
             evaluations = thin([Evaluation.model_validate(e) for e in loop.state.evaluations])
-            report = ProgressReport(
-                trainer_status=status, evaluations=evaluations, checkpoint=self.checkpoint, resumed_from=self.resumed_from
-            )
-            poster.tell(report, urgent=urgent)
+            poster.tell(ProgressReport(trainer_status=status, evaluations=evaluations, **self.facts), urgent=urgent)
 
         def on_step(loss: float, rate: float) -> None:
             latest["left"] = self.console.step(loop.state.step, loop.total_steps, loss, rate)
@@ -351,9 +356,8 @@ class Run:
             outcome=Outcome.COMPLETE,
             step=loop.state.step,
             result=result,
-            checkpoint=self.checkpoint,
-            resumed_from=self.resumed_from,
             evaluations=thin(file.evaluations),
+            **self.facts,
         )
 
     def _merged(self, trained: "PreTrainedModel", weights: "Weights", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":

@@ -43,6 +43,7 @@ class PodRunner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Queue[tuple[int | None, str]]] = {}
+        self._grace: dict[str, float] = {}
         self._uids: dict[str, str] = {}  # pod name -> uid of the newest pod with that name
         self._pids: dict[str, int] = {}
         self._files: dict[str, PodFiles] = {}
@@ -209,6 +210,7 @@ class PodRunner:
             self._uids[name] = uid
             self._tasks[uid] = asyncio.create_task(self._guard(self._live(pod)))
         if pod["metadata"].get("deletionTimestamp"):
+            self._grace[uid] = float(pod["metadata"].get("deletionGracePeriodSeconds") or 0)
             self._ends[uid].put_nowait((None, ""))
 
     async def _guard(self, life: Coroutine[Any, Any, None]) -> None:
@@ -263,12 +265,23 @@ class PodRunner:
             asked, said = await asyncio.wait_for(self._ends[pod["metadata"]["uid"]].get(), script.seconds)
             deleted = asked is None
             code, message = (script.exit_code_on_term if asked is None else asked), said
+        if deleted and await self._outlasts(pod, script.seconds_on_term):
+            code = 137
         await self._set_ended(pod, started, code, message, script.reason, script.pod_reason, list(script.conditions))
         if deleted:
             await self._delete(pod)
         else:
             await self._ends[pod["metadata"]["uid"]].get()
             await self._delete(pod)
+
+    async def _outlasts(self, pod: Object, seconds: float) -> bool:
+        """Lets a pod that was asked to end go on for so long, or until its grace period is over: whether that came first."""
+        uid, clock = pod["metadata"]["uid"], asyncio.get_running_loop().time
+        asked = clock()
+        while (left := asked + min(seconds, self._grace[uid]) - clock()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ends[uid].get(), left)  # news of it: its grace period may be another
+        return self._grace[uid] < seconds
 
     # -------------------------------------------------------------------------------------------------------- process ---
     async def _run_process(self, pod: Object) -> None:

@@ -20,6 +20,8 @@ class PodScript:
     """A waiting state instead of a run: {"reason": "ImagePullBackOff", "message": ...}."""
     schedulable: bool = True
     exit_code_on_term: int = 143
+    seconds_on_term: float = 0.0
+    """How long it takes to end when it is asked to; past its grace period, which may be cut short, it is killed (137)."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from finetune_api import names
 from finetune_operator.control.queue import ShutDown, WorkQueue
 from finetune_operator.domain.child import child_name, owned_by
-from finetune_operator.domain.decide import decide
+from finetune_operator.domain.decide import KILL_SECONDS, decide
 from finetune_operator.domain.outcome import true_condition
-from finetune_operator.domain.status import find_condition, is_finished, is_true, only_progress_differs, stamp
-from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, Event, Object, Observed, Progress, Settings
+from finetune_operator.domain.status import find_condition, is_finished, is_true, only_progress_differs, stamp, unsaved_since
+from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, EndPod, Event, Object, Observed, Progress, Settings
 from finetune_operator.kube import port
 from finetune_operator.kube.port import CHILDREN, EVENTS, JOBS, PODS, SERVICES, Cluster, Resource, merge_patch
 from finetune_operator.observe.metrics import Metrics
@@ -107,6 +107,7 @@ class Reconciler:
         self.finished.discard(key)
         self._uids.pop(key, None)
         self.metrics.saw(*key, None)
+        self.metrics.forget(*key)
 
     # ----------------------------------------------------------------------------------------------------- observe -----
     async def observe(self, job: Object) -> Observed:
@@ -142,6 +143,8 @@ class Reconciler:
                     return await self._apply(job, observed, refused)
             elif isinstance(action, DeleteJob):
                 await self._delete(job, action)
+            elif isinstance(action, EndPod):
+                await self._end_pod(job, action)
             else:
                 await self._tell(job, action)
         return decision
@@ -170,6 +173,14 @@ class Reconciler:
             log.info("%s/%s: deleted Job %s", namespace, job["metadata"]["name"], action.name)
         except (port.NotFound, port.Conflict):
             pass  # gone, or another one by now: either way ours is no more
+
+    async def _end_pod(self, job: Object, action: EndPod) -> None:
+        namespace = job["metadata"]["namespace"]
+        try:
+            await self.cluster.delete(PODS, namespace, action.name, action.uid, grace=KILL_SECONDS)
+            log.info("%s/%s: ended pod %s without a save", namespace, job["metadata"]["name"], action.name)
+        except (port.NotFound, port.Conflict):
+            pass  # gone already
 
     async def _tell(self, job: Object, event: Event) -> None:
         meta = job["metadata"]
@@ -210,6 +221,12 @@ class Reconciler:
         old = job.get("status") or {}
         new = decision.status
         self.metrics.saw(*key, new.get("state") or "Unknown")
+        self.metrics.unsaved(*key, unsaved_since(new))
+        execution = f"{job['metadata']['uid']}/{new.get('attempt')}"
+        if new.get("attempt") != old.get("attempt"):
+            self.metrics.began(*key, execution)
+        if decision.saving:
+            self.metrics.saved(*key, execution, decision.saving)
         if new != old:
             wait = self._written.get(key, 0.0) + PROGRESS_WRITE_SECONDS - time.monotonic()
             if wait > 0 and only_progress_differs(old, new):
@@ -226,6 +243,7 @@ class Reconciler:
                 self._count(key, old, new)
         if decision.finished:
             self.finished.add(key)
+            self.metrics.forget(*key)
             self.progress.pop(key, None)
             self._written.pop(key, None)
         elif decision.requeue_after is not None:
@@ -234,6 +252,8 @@ class Reconciler:
     def _count(self, key: Key, old: Object, new: Object) -> None:
         if more := int(new.get("restarts") or 0) - int(old.get("restarts") or 0):
             self.metrics.restarts.labels(key[0]).inc(max(0, more))
+        if lost := int(new.get("lostWorkSeconds") or 0) - int(old.get("lostWorkSeconds") or 0):
+            self.metrics.lost_work.labels(key[0]).inc(max(0, lost))
         if is_finished(new) and not is_finished(old):
             outcome = "Complete" if is_true(new, "Complete") else "Failed"
             reason = (find_condition(new, outcome) or {}).get("reason", "")

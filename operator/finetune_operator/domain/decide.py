@@ -8,6 +8,7 @@ crash at any line, and come to the same end. Three invariants:
 - `status.attempt` never falls; attempt N+1 that exists without being in the status (the operator died in between) is taken over.
 """
 
+import math
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -16,15 +17,29 @@ from finetune_api.defaults import with_defaults
 from finetune_api.failures import BY_REASON, DISRUPTIONS_IN_A_ROW, FailureClass
 from finetune_api.manifest import ManifestError, parse_job
 from finetune_api.names import Condition, Reason, State
-from finetune_api.report import Outcome
+from finetune_api.recipe import OnSuspend
+from finetune_api.report import EndReport, Outcome, ProgressReport
 from finetune_operator.domain.child import build_child, build_service, child_name, gpus_per_pod, is_trainers, owned_by
 from finetune_operator.domain.outcome import Ended, end_report, ended, parse_time
 from finetune_operator.domain.status import StatusDraft, find_condition, is_finished, is_true, recorded_uid, stamp
-from finetune_operator.domain.types import Action, CreateJob, Decision, DeleteJob, Event, Object, Observed, Progress, Settings
+from finetune_operator.domain.types import (
+    Action,
+    CreateJob,
+    Decision,
+    DeleteJob,
+    EndPod,
+    Event,
+    Object,
+    Observed,
+    Progress,
+    Settings,
+)
 
 MAX_BACKOFF_SECONDS = 300.0
 WAIT_FOR_PODS_SECONDS = 5.0
 WAIT_FOR_CONFLICT_SECONDS = 30.0
+KILL_SECONDS = 1
+"""What a pod gets that is to end without a save (onSuspend: Discard). Not 0: then it would be forgotten while it may still run."""
 LOST_NODE_SECONDS = 60.0
 """A pod that is still there so long after its grace period is on a node that does not answer."""
 
@@ -53,7 +68,8 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Decision:
             )
         # The CRD refuses this; a CRD of another version may not.
         return _fail(draft, "RecipeInvalid", said, [])
-    return _Reconcile(with_defaults(job, settings.defaults), observed, now, settings, draft).decide()
+    decision = _Reconcile(with_defaults(job, settings.defaults), observed, now, settings, draft).decide()
+    return replace(decision, saving=draft.saving)
 
 
 def _fail(draft: StatusDraft, reason: str, message: str, actions: list[Action]) -> Decision:
@@ -103,7 +119,7 @@ class _Reconcile:
         pods = self._pods_of(child)
         for pod in pods:
             if report := end_report(pod):
-                self.draft.merge_facts(report.evaluations, report.checkpoint, report.resumed_from)
+                self.draft.merge_facts(report)
         return pods
 
     def _progress(self) -> Progress | None:
@@ -193,8 +209,10 @@ class _Reconcile:
             self.draft.state(State.RUNNING)
             self.draft.set(Condition.RUNNING, True, Reason.PODS_RUNNING, "All pods of the trainer are running.")
             self.draft.new.setdefault("startTime", stamp(self.now))
-            if self._progress() or is_true(self.draft.old, Condition.PROGRESSING):
+            progress = self._progress()
+            if progress or is_true(self.draft.old, Condition.PROGRESSING):
                 self.draft.set(Condition.PROGRESSING, True, Reason.PROGRESS_REPORTED, "The trainer reports progress.")
+                self._tell_corrupt(progress.report if progress else None)
             else:
                 self.draft.set(Condition.PROGRESSING, None, Reason.NO_PROGRESS_YET)
         else:
@@ -206,6 +224,12 @@ class _Reconcile:
         # That a pod is still there on a node that does not answer is no event.
         ends = [(end - self.now).total_seconds() + 1 for pod in pods if not _over(pod) and (end := _lost_after(pod))]
         return Decision(self.draft.done(), tuple(self.actions), min(ends, default=None))
+
+    def _tell_corrupt(self, report: ProgressReport | EndReport | None) -> None:
+        """Once per attempt: with its first report, or at its end where nothing was heard before."""
+        if report is not None and not is_true(self.draft.old, Condition.PROGRESSING):
+            said = (f"Checkpoint {r.checkpoint} was not used: {r.message}" for r in report.corrupt)
+            self.actions.extend(Event("Warning", "CheckpointCorrupt", text) for text in said)
 
     def _count_pods(self, child: Object, pods: tuple[Object, ...]) -> None:
         phases = [p.get("status", {}).get("phase") for p in pods]
@@ -313,6 +337,8 @@ class _Reconcile:
             self._count_pods(child, self._pods_of(child))
             # Also when it ended already: what is wound down leaves nothing that the next attempt could stumble over.
             self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
+        if not stop and self.job.spec.checkpoint.on_suspend is OnSuspend.DISCARD:
+            self._discard(child)
         if child is not None or self._alive():
             state, reason = (State.STOPPING, Reason.STOPPING) if stop else (State.SUSPENDING, Reason.SUSPENDING)
             return self._wait_for_pods(state, reason, "Waiting until the pods are gone.")
@@ -328,6 +354,12 @@ class _Reconcile:
         self.draft.set(Condition.RUNNING, False, Reason.SUSPENDED)
         return Decision(self.draft.done(), tuple(self.actions), None if self.job.spec.suspend else 0.1)
 
+    def _discard(self, child: Object | None) -> None:
+        """Ends the pods before they can save: SIGTERM alone would not tell a suspension from a drain."""
+        for pod in self._pods_of(child):
+            if not _over(pod) and pod["metadata"].get("deletionGracePeriodSeconds", math.inf) > KILL_SECONDS:
+                self.actions.append(EndPod(pod["metadata"]["name"], pod["metadata"]["uid"]))
+
     def _wait_for_pods(self, state: State, reason: str, message: str) -> Decision:
         self.draft.state(state)
         was_running = is_true(self.draft.old, Condition.RUNNING)
@@ -342,9 +374,10 @@ class _Reconcile:
     # ------------------------------------------------------------------------------------------------------ helpers ----
     def _leave(self, over: Ended | None) -> None:
         """The attempt is over: count its time."""
+        self._tell_corrupt(over.report if over else None)
         self.draft.account(over, gpus_per_pod(self.job) * self.job.spec.trainer.num_nodes)
-        if over and over.started:
-            self.draft.new.setdefault("startTime", stamp(over.started))
+        if over and (begun := over.started or over.admitted):
+            self.draft.new.setdefault("startTime", stamp(begun))
 
     def _ended(self, child: Object | None) -> Ended | None:
         """How the current attempt ended. One whose Job is gone ended too, unless that is how it was suspended."""

@@ -30,6 +30,8 @@ class Ended:
     report: EndReport | None = None
     started: datetime | None = None
     finished: datetime | None = None
+    admitted: datetime | None = None
+    """When its Job began, pods or not: what is left to count from when a pod is gone that nobody saw running."""
 
 
 def parse_time(text: str | None) -> datetime | None:
@@ -78,15 +80,17 @@ def ended(child: Object, pods: tuple[Object, ...]) -> Ended | None:
     """How this Job ended, or None while it has not. `pods` are those of this Job."""
     pod = max(pods, key=_tells, default=None)
     report = end_report(pod) if pod else None
-    begun = started_at(pod) if pod else parse_time(child.get("status", {}).get("startTime"))
+    begun = started_at(pod) if pod else None
+    admitted = parse_time(child.get("status", {}).get("startTime"))
     if complete := true_condition(child, "Complete"):
         over = _finished_at(pod) or parse_time(complete.get("lastTransitionTime"))
-        return Ended(None, report.message if report else "", report, begun, over)
+        return Ended(None, report.message if report else "", report, begun, over, admitted)
     failed = true_condition(child, "Failed")
     if failed is None:
         return None
     failure, message = _root_cause(child, failed, pod, report)
-    return Ended(failure, message, report, begun, _finished_at(pod) or parse_time(failed.get("lastTransitionTime")))
+    over = _finished_at(pod) or parse_time(failed.get("lastTransitionTime"))
+    return Ended(failure, message, report, begun, over, admitted)
 
 
 def _tells(pod: Object) -> tuple[int, int, float]:

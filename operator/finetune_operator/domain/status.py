@@ -5,11 +5,13 @@ that an unchanged world gives an equal status and no write.
 """
 
 import copy
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api.finetunejob import CheckpointStatus, Evaluation
+from finetune_api.finetunejob import CheckpointStatus
 from finetune_api.names import Condition, Reason, State
+from finetune_api.report import EndReport, ProgressReport, Refused, Saving
 from finetune_operator.domain.outcome import Ended, parse_time
 from finetune_operator.domain.types import Object, Progress
 
@@ -42,6 +44,16 @@ def recorded_uid(status: Object, child: str) -> str | None:
     return next((c.get("uid") for c in status.get("jobsStatus") or [] if c["name"] == child), None)
 
 
+def unsaved_since(status: Object) -> datetime | None:
+    """From when on a crash would lose the work: the newest checkpoint or, where that was later, the begin; None while nothing runs."""
+    running = find_condition(status, Condition.RUNNING) or {}
+    if running.get("status") != "True":
+        return None
+    begun = datetime.fromisoformat(running["lastTransitionTime"])
+    saved = parse_time((status.get("checkpoint") or {}).get("time"))
+    return max(begun, saved) if saved else begun
+
+
 def only_progress_differs(old: Object | None, new: Object) -> bool:
     """Whether a write of `new` could wait: all that differs is what trainers report every few seconds."""
     return old is not None and _without_progress(old) == _without_progress(new)
@@ -63,6 +75,7 @@ class StatusDraft:
         self.old = old
         self.now = now
         self.generation = generation
+        self.saving: Saving | None = None
         self.new: Object = copy.deepcopy(old)
         self.new["observedGeneration"] = generation
         for name in (
@@ -126,27 +139,31 @@ class StatusDraft:
         if report.trainer_status:
             self.new["trainerStatus"] = _json(report.trainer_status)
             self.new["trainerStatus"]["lastUpdatedTime"] = stamp(report.trainer_status.last_updated_time or progress.received)
-        self.merge_facts(report.evaluations, report.checkpoint, report.resumed_from)
+        self.merge_facts(report)
 
-    def merge_facts(
-        self, evaluations: list[Evaluation], checkpoint: CheckpointStatus | None, resumed_from: CheckpointStatus | None
-    ) -> None:
+    def merge_facts(self, report: ProgressReport | EndReport) -> None:
         """Takes over what a progress report and a termination message have in common."""
-        if evaluations:
-            self.new["evaluations"] = merge_evaluations(self.new.get("evaluations") or [], [_json(e) for e in evaluations])
-        if checkpoint and checkpoint.time >= (parse_time((self.new.get("checkpoint") or {}).get("time")) or checkpoint.time):
-            if checkpoint.step > (self.new.get("checkpoint") or {"step": -1})["step"]:
+        # Of several pods one saves, and the others tell zeros; and what was told first may be read last.
+        if report.saving and (self.saving is None or report.saving.saves >= self.saving.saves):
+            self.saving = report.saving
+        if report.evaluations:
+            self.new["evaluations"] = merge_evaluations(self.new.get("evaluations") or [], [_json(e) for e in report.evaluations])
+        checkpoint, known = report.checkpoint, self.new.get("checkpoint") or {"step": -1}
+        if checkpoint and (
+            _is_one_of(known, report.corrupt) or checkpoint.time >= (parse_time(known.get("time")) or checkpoint.time)
+        ):
+            if checkpoint.step > known["step"]:
                 self.new["disruptionsInARow"] = 0
             self.new["checkpoint"] = _checkpoint(checkpoint)
-        if resumed_from:
-            self.new["resumedFrom"] = _checkpoint(resumed_from)
+        if report.resumed_from:
+            self.new["resumedFrom"] = _checkpoint(report.resumed_from)
 
     # --------------------------------------------------------------------------------------------------- accounting ----
     def account(self, ended: Ended | None, gpus: int) -> None:
         """Adds the running time of the attempt that is over, once per attempt (the caller sees to that)."""
         running = find_condition(self.old, Condition.RUNNING) or {}
         seen = parse_time(running["lastTransitionTime"]) if running.get("status") == "True" else None
-        begun = (ended.started if ended else None) or seen
+        begun = (ended.started or seen or ended.admitted) if ended else seen
         if begun is None:
             return
         over = (ended.finished if ended else None) or self.now
@@ -171,6 +188,10 @@ def merge_evaluations(old: list[Object], new: list[Object]) -> list[Object]:
 def _json(model: Any) -> Object:
     dumped: Object = model.model_dump(mode="json", by_alias=True, exclude_none=True)
     return dumped
+
+
+def _is_one_of(known: Object, refused: Sequence[Refused]) -> bool:
+    return known.get("uri", "").rpartition("/")[2] in {r.checkpoint for r in refused}
 
 
 def _checkpoint(checkpoint: CheckpointStatus) -> Object:

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api import JobDefaults
-from finetune_api.report import ProgressReport
+from finetune_api.report import ProgressReport, Saving
 
 Object = dict[str, Any]
 
@@ -79,6 +79,14 @@ class DeleteJob:
 
 
 @dataclass(frozen=True)
+class EndPod:
+    """End this pod within KILL_SECONDS, whatever it is doing, only if it still has this uid; NotFound is success."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
 class Event:
     """Tell the user (`kubectl describe`)."""
 
@@ -87,7 +95,7 @@ class Event:
     message: str
 
 
-Action = CreateJob | DeleteJob | Event
+Action = CreateJob | DeleteJob | EndPod | Event
 
 
 @dataclass(frozen=True)
@@ -100,3 +108,5 @@ class Decision:
     """Seconds until the next look without an event."""
     finished: bool = False
     """The resource is Complete or Failed: nothing is left to do, now or later."""
+    saving: Saving | None = None
+    """What checkpoints have cost the current attempt so far, as far as it is known; for the metrics."""

@@ -74,9 +74,11 @@ class AioCluster:
     async def create(self, resource: Resource, namespace: str, body: Object) -> Object:
         return await self._call("POST", resource, _path(resource, namespace), body=body)
 
-    async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:
+    async def delete(self, resource: Resource, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
         # Without a propagation policy some versions of the Job API orphan the pods.
-        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        body: Object = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        if grace is not None:
+            body["gracePeriodSeconds"] = grace
         await self._call("DELETE", resource, _path(resource, namespace, name), body=body)
 
     async def patch(self, resource: Resource, namespace: str, name: str, patch: Object, subresource: str = "") -> Object:

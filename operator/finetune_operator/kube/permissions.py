@@ -39,7 +39,13 @@ PERMISSIONS: tuple[Permission, ...] = (
     Permission(
         ("get", "list", "watch", "create", "delete"), "batch", "jobs", Scope.WATCHED, "each attempt is a Job; suspend deletes it"
     ),
-    Permission(("get", "list", "watch"), "", "pods", Scope.WATCHED, "to see how the trainer's pod fares and who posts progress"),
+    Permission(
+        ("get", "list", "watch", "delete"),
+        "",
+        "pods",
+        Scope.WATCHED,
+        "to see how the trainer's pod fares and who posts progress; a suspension that discards (checkpoint.onSuspend) ends it",
+    ),
     Permission(("get", "create"), "", "services", Scope.WATCHED, "the pods of a job with numNodes > 1 find each other by name"),
     Permission(("create",), "", "events", Scope.WATCHED, "to tell users what was done (kubectl describe)"),
     Permission(("create",), "authentication.k8s.io", "tokenreviews", Scope.CLUSTER, "to know which pod posts progress"),

@@ -72,8 +72,8 @@ class Cluster(Protocol):
         """Page by page; `namespace` None is all."""
 
     async def create(self, resource: Resource, namespace: str, body: Object) -> Object: ...
-    async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:
-        """With background propagation, if the object still has this uid."""
+    async def delete(self, resource: Resource, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
+        """With background propagation, if the object still has this uid. `grace`: seconds that a pod gets, else its own."""
 
     async def patch(self, resource: Resource, namespace: str, name: str, patch: Object, subresource: str = "") -> Object:
         """A JSON merge patch (RFC 7386); with metadata.resourceVersion in it, only onto the version that was read."""

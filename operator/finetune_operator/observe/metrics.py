@@ -1,7 +1,11 @@
 """Prometheus metrics. One table of names and help texts; docs and alerts are compared with it."""
 
+import time
+from datetime import datetime
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from finetune_api.report import Saving
 from finetune_operator import __version__
 
 
@@ -19,6 +23,26 @@ class Metrics:
             registry=r,
         )
         self.restarts = Counter("finetune_restarts", "Restarts of attempts.", ["namespace"], registry=r)
+        self.lost_work = Counter(
+            "finetune_lost_work_seconds", "Training time after the last checkpoint that restarts lost.", ["namespace"], registry=r
+        )
+        # By field of finetune_api.report.Saving.
+        self.saving = {
+            field: Counter(f"finetune_checkpoint_{field}", text, ["namespace"], registry=r)
+            for field, text in (
+                ("saves", "Checkpoints that became durable."),
+                ("skipped", "Saves left out because the one before was being uploaded."),
+                ("blocking_seconds", "Time that training stood still for checkpoints."),
+                ("upload_seconds", "Time that uploads of checkpoints took."),
+                ("uploaded_bytes", "Bytes of checkpoints sent to the storage."),
+            )
+        }
+        self.checkpoint_age = Gauge(
+            "finetune_checkpoint_age_seconds",
+            "Of a job that runs: time since its last durable checkpoint or, where that was later, since it began to run.",
+            ["namespace", "name"],
+            registry=r,
+        )
         self.reconcile_seconds = Histogram("finetune_reconcile_seconds", "Duration of one reconcile.", registry=r)
         self.reconcile_errors = Counter(
             "finetune_reconcile_errors", "Reconciles that failed and are retried.", ["error"], registry=r
@@ -45,6 +69,9 @@ class Metrics:
         self.build = Gauge("finetune_build_info", "Always 1; the version is the label.", ["version"], registry=r)
         self.build.labels(__version__).set(1)
         self._states: dict[tuple[str, str], str] = {}
+        self._unsaved: dict[tuple[str, str], datetime] = {}
+        self._counted: dict[tuple[str, str], tuple[str, dict[str, float]]] = {}
+        """Per job: the execution that is reported on, and how much of its sums is counted."""
 
     def saw(self, namespace: str, name: str, state: str | None) -> None:
         """Keeps the gauge by state; None is a resource that is gone."""
@@ -55,6 +82,35 @@ class Metrics:
             self._states[(namespace, name)] = state
             self.jobs.labels(namespace, state).inc()
 
+    def unsaved(self, namespace: str, name: str, since: datetime | None) -> None:
+        """Since when a running job has not saved; None is one that does not run."""
+        if since is not None:
+            self._unsaved[(namespace, name)] = since
+        elif self._unsaved.pop((namespace, name), None):
+            self.checkpoint_age.remove(namespace, name)
+
+    def began(self, namespace: str, name: str, execution: str) -> None:
+        """An execution begins: all that it will report is new."""
+        self._counted[(namespace, name)] = (execution, {})
+
+    def saved(self, namespace: str, name: str, execution: str, saving: Saving) -> None:
+        """Counts what is new in the sums of this execution; of one that began before this operator did, what comes from now on."""
+        sums: dict[str, float] = saving.model_dump()
+        known, counted = self._counted.get((namespace, name), ("", {}))
+        if known == execution:
+            for field, counter in self.saving.items():
+                counter.labels(namespace).inc(max(0.0, sums[field] - counted.get(field, 0.0)))
+            sums = {field: max(value, counted.get(field, 0.0)) for field, value in sums.items()}
+        self._counted[(namespace, name)] = (execution, sums)
+
+    def forget(self, namespace: str, name: str) -> None:
+        """The resource is gone."""
+        self.unsaved(namespace, name, None)
+        self._counted.pop((namespace, name), None)
+
     def render(self) -> bytes:
         """The text format."""
+        now = time.time()
+        for job, since in self._unsaved.items():
+            self.checkpoint_age.labels(*job).set(max(0.0, now - since.timestamp()))
         return generate_latest(self.registry)

@@ -13,7 +13,7 @@ from finetune_api.failures import BY_REASON
 from finetune_api.report import ProgressReport
 from finetune_operator.domain.decide import decide
 from finetune_operator.domain.status import find_condition, is_finished, merge_evaluations, only_progress_differs
-from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, Event, Observed, Progress, Settings
+from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, EndPod, Event, Observed, Progress, Settings
 
 SETTINGS = Settings(
     trainer_image="trainer:1", progress_url="https://progress:8443", progress_ca="PEM", restart_backoff_seconds=10
@@ -82,6 +82,8 @@ class World:
                 self.create(action.manifest)
             if isinstance(action, DeleteJob):
                 self.delete(action.name)
+            if isinstance(action, EndPod):
+                self.end_pod(action.uid)
         if not die_before_status:
             FineTuneJobStatus.model_validate(decision.status)
             self.job["status"] = json.loads(json.dumps(decision.status))
@@ -116,6 +118,13 @@ class World:
             for key, pod in self.pods.items():
                 if key.partition("/")[0] == name:
                     pod["metadata"].setdefault("deletionTimestamp", stamp(self.now + timedelta(seconds=60)))
+                    pod["metadata"].setdefault("deletionGracePeriodSeconds", 60)
+
+    def end_pod(self, uid: str) -> None:
+        for pod in self.pods.values():
+            if pod["metadata"]["uid"] == uid:
+                end = stamp(self.now + timedelta(seconds=1))
+                pod["metadata"] |= {"deletionTimestamp": end, "deletionGracePeriodSeconds": 1}
 
     def lose(self, name: str) -> None:
         """The pod's node dies; its deletion was asked for, and nobody is left to carry it out."""
@@ -461,6 +470,145 @@ def test_what_the_pod_saves_while_it_is_wound_down_is_the_newest_checkpoint(how:
     assert (world.status["activeSeconds"], world.status["lostWorkSeconds"]) == (3620, 0)
     if how == "stop":
         assert world.condition("Complete")["message"] == "Stopped by spec.stop. The newest checkpoint is s3://c/9."
+
+
+def saved(world: World, step: int, **report: Any) -> None:
+    """The trainer of the current attempt has just saved, and posts that."""
+    checkpoint = {"step": step, "uri": f"s3://c/step-{step:08d}-0001", "time": stamp(world.now), "sizeBytes": 1}
+    world.progress = Progress(
+        ProgressReport.model_validate({"checkpoint": checkpoint, **report}), world.now, world.status["attempt"], "u0"
+    )
+    world.reconcile()
+
+
+def ended_pods(decision: Decision) -> list[str]:
+    return [action.uid for action in decision.actions if isinstance(action, EndPod)]
+
+
+def test_a_suspension_that_discards_ends_the_pods_at_once() -> None:
+    world = running(checkpoint={"onSuspend": "Discard"}, trainer={"numNodes": 2})
+    world.run("ft-1/1")
+    world.reconcile()
+    stranger = world.pod("stranger", "s", {"kind": "Job", "name": "ft-1", "uid": "of an earlier ft", "controller": True})
+    world.pods["stranger"] = stranger
+    world.wait(100)
+    saved(world, 9)
+    world.wait(40)
+    world.job["spec"]["suspend"] = True
+    decision = world.reconcile()
+    assert isinstance(decision.actions[0], DeleteJob), "first: a Job that loses a pod fails"
+    assert ended_pods(decision) == ["p1", "p1"]
+    assert ended_pods(world.reconcile()) == [], "asked once is enough"
+    del world.pods["stranger"]
+    world.wait(2)
+    world.gone()
+    world.reconcile()
+    assert world.status["state"] == "Suspended"
+    assert world.status["lostWorkSeconds"] == 42, "since the checkpoint"
+    assert world.status["checkpoint"]["step"] == 9
+
+
+def test_an_operator_that_died_in_between_shortens_what_the_garbage_collector_grants() -> None:
+    world = running(checkpoint={"onSuspend": "Discard"})
+    world.delete("ft-1")
+    world.job["spec"]["suspend"] = True
+    assert ended_pods(world.reconcile()) == ["p1"]
+
+
+@pytest.mark.parametrize("spec", [{"suspend": True}, {"stop": True, "checkpoint": {"onSuspend": "Discard"}}])
+def test_whoever_may_save_is_not_cut_short(spec: dict[str, Any]) -> None:
+    world = running()
+    world.job["spec"] |= spec
+    assert ended_pods(world.reconcile()) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "killed and gone", "evicted", "suspended", "discarded"])
+def test_lost_work_is_what_was_done_since_the_checkpoint(how: str) -> None:
+    world = running(checkpoint={"onSuspend": "Discard" if how == "discarded" else "Save"})
+    world.wait(100)
+    saved(world, 9)
+    world.wait(40)
+    if how.startswith("killed"):
+        world.end("ft-1", 137)
+        if how == "killed and gone":
+            world.pods.clear()
+    elif how == "evicted":  # the kubelet gives little time: the trainer saved nothing more
+        conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}]
+        world.end("ft-1", 137, conditions=conditions)
+    else:
+        world.job["spec"]["suspend"] = True
+        world.reconcile()
+        if how == "suspended":
+            saved(world, 13)
+        world.gone()
+    world.reconcile()
+    assert world.status["lostWorkSeconds"] == (0 if how == "suspended" else 40)
+    world.job["spec"]["suspend"] = False
+    world.wait(600)
+    world.reconcile()
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+    world.run("ft-2")
+    world.reconcile()
+    world.wait(30)
+    world.end("ft-2", 137)
+    world.reconcile()
+    assert world.status["lostWorkSeconds"] == (30 if how == "suspended" else 70), "not the time in which nothing ran"
+
+
+def test_the_time_in_which_a_pod_waited_is_no_lost_work_although_the_pod_is_gone() -> None:
+    world = World()
+    world.reconcile()
+    world.children["ft-1"]["status"]["startTime"] = stamp(world.now)
+    world.wait(900)  # its image is pulled
+    world.run("ft-1")
+    world.reconcile()
+    world.wait(20)
+    world.end("ft-1", 137)
+    world.children["ft-1"]["status"]["startTime"] = stamp(T0)
+    world.pods.clear()
+    world.reconcile()
+    assert (world.status["lostWorkSeconds"], world.status["activeSeconds"]) == (20, 20)
+
+
+REFUSED = {"checkpoint": "step-00000009-0001", "message": "model/model.safetensors differs from its manifest"}
+
+
+@pytest.mark.parametrize("heard", ["while it runs", "at its end"])
+def test_a_refused_checkpoint_is_told_once_and_is_the_newest_no_more(heard: str) -> None:
+    world = running()
+    saved(world, 9)
+    world.wait(10)
+    world.end("ft-1", 137)
+    world.reconcile()
+    world.wait(60)
+    world.reconcile()
+    world.run("ft-2")
+    world.reconcile()
+    older = {"step": 5, "uri": "s3://c/step-00000005-0001", "time": stamp(T0 - timedelta(seconds=60)), "sizeBytes": 1}
+    report = {"checkpoint": older, "resumedFrom": older, "corrupt": [REFUSED]}
+    told: list[Event] = []
+    if heard == "while it runs":
+        world.progress = Progress(ProgressReport.model_validate(report), world.now, 2, "u0")
+        told += [a for a in world.reconcile().actions if isinstance(a, Event)]
+        told += [a for a in world.reconcile().actions if isinstance(a, Event)]
+    world.end("ft-2", 20, json.dumps({"outcome": "Interrupted", "reason": "Interrupted", "message": "m", **report}))
+    told += [a for a in world.reconcile().actions if isinstance(a, Event)]
+    told += [a for a in world.reconcile().actions if isinstance(a, Event)]
+    corrupt = [event for event in told if event.reason == "CheckpointCorrupt"]
+    assert [(e.type, REFUSED["checkpoint"] in e.message, REFUSED["message"] in e.message) for e in corrupt] == [
+        ("Warning", True, True)
+    ]
+    assert world.status["checkpoint"]["step"] == 5
+
+
+def test_what_saving_cost_is_the_newest_word_of_the_pod_that_saves() -> None:
+    world = running(trainer={"numNodes": 2})
+    saved(world, 9, saving={"saves": 3, "blockingSeconds": 1.5})
+    world.end("ft-1/1", 20, json.dumps({"outcome": "Interrupted", "reason": "Interrupted", "saving": {}}))
+    found = world.look().saving
+    assert found is not None
+    assert (found.saves, found.blocking_seconds) == (3, 1.5)
 
 
 def test_progress_of_an_older_attempt_is_ignored() -> None:

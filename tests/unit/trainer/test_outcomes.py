@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from safetensors.torch import load_file
 from trainer_kit import LABELS, Job, Killed, rows, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from finetune_api.report import EndReport, Outcome, ResultFile
+from finetune_api.report import EndReport, Outcome, ProgressReport, Refused, ResultFile, Saving
 from finetune_api.tasks import METRICS, Task
 from finetune_trainer import inference
+from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.run import Run
+from finetune_trainer.store import open_store
 
 # The rate rises until it wrecks what was learned: the last evaluation is a bad one.
 WRECKING = {"learningRate": 0.1, "epochs": 12, "schedule": {"type": "Constant", "warmup": 120}}
@@ -55,6 +59,20 @@ def test_the_saved_weights_are_those_of_the_best_checkpoint(job: Job) -> None:
     best = result_file(job).result.best_step
     saved = next(job.checkpoints.glob(f"step-{best:08d}-*/model/model.safetensors"))
     assert saved.read_bytes() == (job.output / "model/model.safetensors").read_bytes()
+
+
+def test_every_report_tells_of_the_checkpoints_that_were_written_and_refused(job: Job) -> None:
+    run = Run(job.recipe(), job.runtime(), threading.Event())
+    assert run.facts == {"checkpoint": None, "resumed_from": None}
+    run.checkpoints = Checkpoints(
+        open_store(job.recipe().checkpoint_uri), job.home / "scratch", "", keep_last=1, overwrite=False, log=lambda _: None
+    )
+    run.checkpoints.saving = Saving(saves=4)
+    run.checkpoints.refused = [Refused(checkpoint=f"step-{n}", message="differs") for n in range(20)]
+    for report in (ProgressReport(**run.facts), EndReport(outcome=Outcome.FAILED, **run.facts)):
+        assert report.saving == Saving(saves=4)
+        assert [r.checkpoint for r in report.corrupt] == [f"step-{n}" for n in range(8)]
+    assert job.run().saving is not None
 
 
 def test_the_result_tells_metrics_tables_and_what_was_worked_out(job: Job) -> None:
@@ -141,10 +159,10 @@ def test_another_recipes_result_is_kept_unless_told_otherwise(job: Job) -> None:
     job.run()
     before = (job.output / "model/model.safetensors").read_bytes()
     with pytest.raises(TrainingFailure, match=r"result of another recipe.*output\.storageUri.*output\.overwrite") as failed:
-        job.run(hyperparameters={"epochs": 1})
+        job.run(hyperparameters={"learningRate": 1e-3})
     assert failed.value.failure.reason == "OutputExists"
     assert (job.output / "model/model.safetensors").read_bytes() == before
-    end = job.run(hyperparameters={"epochs": 1}, output={"overwrite": True})
+    end = job.run(hyperparameters={"learningRate": 1e-3}, output={"overwrite": True})
     assert (end.outcome, end.resumed_from, end.step) == (Outcome.COMPLETE, None, 6)
 
 
