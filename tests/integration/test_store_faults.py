@@ -202,6 +202,26 @@ def test_a_download_that_is_cut_goes_on_from_there(faulty: Faulty, store: S3Stor
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "large"]
 
 
+def test_what_comes_on_slowly_needs_no_patience(faulty: Faulty, store: S3Store, large: Path, tmp_path: Path) -> None:
+    store.upload(large, "large")
+    store.patience = 0.0
+    faulty.cuts = [2 * MiB] * 15
+    store.download("large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == large.read_bytes()
+
+
+def test_bytes_that_changed_on_their_way_are_fetched_again(faulty: Faulty, store: S3Store, tmp_path: Path) -> None:
+    data = os.urandom(3 * MiB)
+    store.put("key", data)
+    faulty.flips = 2
+    told: list[int] = []
+    store.download("key", tmp_path / "back", told.append)
+    assert (tmp_path / "back").read_bytes() == data
+    assert sum(told) == len(data)
+    faulty.flips = 2
+    assert store.get("key") == data
+
+
 def test_a_process_that_is_killed_leaves_what_had_arrived(
     faulty: Faulty, store: S3Store, bucket: str, large: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,8 @@ class Faulty:
     """By time.monotonic(): no request gets an answer before."""
     cuts: list[int] = field(default_factory=list)
     """Bytes after which the next bodies of GET break off, one a request."""
+    flips: int = 0
+    """So many of the next bodies of GET have a wrong byte."""
     before: dict[int, object] = field(default_factory=dict)
     """Called before the n-th GET (from 1) is passed on."""
     refuses_checksums: bool = False
@@ -104,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         keep = len(data)
+        if self.faulty.flips and self.command == "GET":
+            self.faulty.flips -= 1
+            data = data[:-1] + bytes([data[-1] ^ 1])
         if self.command == "GET" and answer.status < 300 and "list-type" not in self.path:
             with self.faulty.lock:
                 if self.faulty.cuts:

@@ -234,8 +234,6 @@ class S3Store:
 
         def go_on() -> None:
             nonlocal at
-            if at == end:  # it broke off behind the last byte
-                return
             # Without a range, where all is asked for: then there is a checksum to hold it against.
             some = {} if (at, end) == (0, stored.size) else {"Range": f"bytes={at}-{end - 1}"}
             try:
@@ -246,18 +244,23 @@ class S3Store:
                 raise
             if (got["ETag"], got["ContentLength"]) != (stored.version, end - at):  # from a server that knows no If-Match
                 raise _ChangedError
+            before = at
             try:
-                for block in got["Body"].iter_chunks(BLOCK):
-                    part.write(at, block)
-                    at += len(block)
-                    tell(len(block))
-            except FlexibleChecksumError:
-                tell(start - at)
-                at = start
-                raise
+                with self._errors(key):
+                    for block in got["Body"].iter_chunks(BLOCK):
+                        part.write(at, block)
+                        at += len(block)
+                        tell(len(block))
+            except _PassingError as broken:
+                if isinstance(broken.__cause__, FlexibleChecksumError):
+                    tell(start - at)
+                    at = start
+                if at <= before:  # else it comes on, if slowly
+                    raise
 
         try:
-            self._patiently(key, go_on)
+            while at < end:
+                self._patiently(key, go_on)
             part.finished(number)
         except BaseException:
             tell(start - at)  # what is not complete is fetched again
