@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,20 +134,27 @@ class Bench:
         shutil.rmtree(self.scratch / "hf")
 
     def steps_beside(self) -> None:
-        """Steps until a save is durable, and as many before and after without one."""
-        self._save()
-        with timed() as save:
-            steps = self._steps_while(lambda _: self.checkpoints.busy)
-        self.checkpoints.wait()
-        beside, count = sum(steps), len(steps)
+        """Steps until a save is durable and all is tidied up, as many without one, and a save without steps."""
+        durable: list[float] = []
+
+        def watch() -> None:
+            self.checkpoints._thread.join()
+            durable.append(time.perf_counter())
+
         with settled():
-            quiet = self._steps_while(lambda done: done < count)
-        slower = beside / sum(quiet)
+            self._save()
+            began = time.perf_counter()
+            watching = threading.Thread(target=watch)
+            watching.start()
+            beside = self._steps_while(lambda _: self.checkpoints.busy)
+        watching.join()
+        with settled():
+            quiet = self._steps_while(lambda done: done < len(beside))
         with settled(), timed() as alone:
             self._save()
             self.checkpoints.wait()
-        self.note(beside=slower, steps_beside=count, durable_seconds=save["wall"], save_cpu_seconds=alone["process"])
-        self.note(durable_alone_seconds=alone["wall"], step_seconds=sum(quiet) / count)
+        self.note(durable_seconds=durable[0] - began, beside_seconds=sum(beside), quiet_seconds=sum(quiet))
+        self.note(beside_steps=len(beside), save_cpu_seconds=alone["process"])
 
     def _steps_while(self, more: Callable[[int], bool]) -> list[float]:
         took: list[float] = []
@@ -158,8 +165,9 @@ class Bench:
         return took
 
     def upload_ours(self) -> None:
+        files, fresh = self._files(), self.fresh(self.scratch / "none")  # knows no file that could be copied
         with settled(), timed() as clock:
-            self.checkpoints._upload("upload-ours", self._files())
+            fresh._upload("upload-ours", files)
         self.note(upload_ours=self._mib() / clock["wall"], upload_ours_cpu=self._mib() / clock["process"])
         for key in self.checkpoints.store.list("upload-ours/"):
             self.checkpoints.store.delete(key)
@@ -290,16 +298,18 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9, help="of each case that is no training")
     parser.add_argument("--trainings", type=int, default=2, help="trainings that save every 50 steps")
     parser.add_argument("--steps", type=int, default=200, help="of a training")
-    parser.add_argument("--only", nargs="*", choices=CASES, default=CASES, help="cases to run")
     said = parser.parse_args()
     # Before torch and transformers are loaded.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import minilm
     import torch
+    import transformers
 
     from testcluster import S3Server
 
     torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     mirror = str(minilm.ensure())
     # Both on the same disk.
     with S3Server() as s3, tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
@@ -313,19 +323,92 @@ def main() -> int:
         firsts, bench.found = bench.found, {}
         trained = []
         for repeat in range(said.repeats):
-            turn = repeat % len(said.only)
-            for case in (*said.only[turn:], *said.only[:turn]):  # nobody is always first
+            turn = repeat % len(CASES)
+            for case in (*CASES[turn:], *CASES[:turn]):  # nobody is always first
                 getattr(bench, case.replace(" ", "_"))()
             print(f"repeat {repeat}: " + "  ".join(f"{k} {v[-1]:.4g}" for k, v in bench.found.items()), flush=True)
             if repeat < said.trainings:
                 trained.append(train(bench.bucket, f"training-{repeat}", Path(scratch), mirror, said.steps))
                 print(f"training {repeat}: {trained[-1]}", flush=True)
-        facts = {"saved_mib": bench._mib(), "hf_saved_mib": bench.hf_bytes / MIB} if set(said.only) == set(CASES) else {}
+        facts = {"saved_mib": bench._mib(), "hf_saved_mib": bench.hf_bytes / MIB}
     return report(corpus.name, {k: v[0] for k, v in firsts.items()}, bench.found, trained, facts)
 
 
-def report(data: str, first: dict[str, float], found: dict[str, list[float]], trained: list[Trained], facts: dict[str, float]) -> int:
+def background(found: dict[str, list[float]]) -> tuple[float, float]:
+    """How many times as long steps take while a save is on its way, and the seconds that training loses to each save by that.
+
+    Sums over the repeats: a save lasts a few steps only. Of the steps beside it, the last ends when the save is over.
+    """
+    durable, lost = sum(found["durable_seconds"]), sum(found["beside_seconds"]) - sum(found["quiet_seconds"])
+    return durable / (durable - lost), lost / len(found["durable_seconds"])
+
+
+def report(
+    data: str, first: dict[str, float], found: dict[str, list[float]], trained: list[Trained], facts: dict[str, float]
+) -> int:
     """The table and build/bench/checkpoint.json."""
+    of = {name: statistics.median(values) for name, values in found.items()}
+    blocking, upload = (common.ratio(found[a], found[b]) for a, b in (("ours_ms", "hf_ms"), ("upload_ours", "upload_boto3")))
+    slower, lost = background(found)
+    step = sum(found["quiet_seconds"]) / sum(found["beside_steps"])
+    seconds, stood = sum(t.seconds for t in trained), sum(t.blocking_seconds for t in trained)
+    result = {
+        "data": data,
+        "repeats": len(found["ours_ms"]),
+        "load_average": os.getloadavg()[0],
+        "blocking_ms_per_save": of["ours_ms"],
+        "hf_blocking_ms_per_save": of["hf_ms"],
+        "blocking_ratio": blocking[0],
+        "blocking_cpu_ms_per_save": of["ours_cpu_ms"],
+        "hf_blocking_cpu_ms_per_save": of["hf_cpu_ms"],
+        "first_blocking_ms": first["ours_ms"],
+        "hf_first_blocking_ms": first["hf_ms"],
+        "durable_seconds": of["durable_seconds"],
+        "background_slowdown_percent": (slower - 1) * 100,
+        "background_seconds_lost_per_save": lost,
+        "background_percent_every_50_steps": lost / (EVERY_STEPS * step) * 100,
+        "background_cpu_seconds_per_save": of["save_cpu_seconds"],
+        "upload_mib_per_second": of["upload_ours"],
+        "boto3_upload_mib_per_second": of["upload_boto3"],
+        "upload_ratio": upload[0],
+        "upload_ratio_lower_95": upload[1],
+        "upload_mib_per_cpu_second": of["upload_ours_cpu"],
+        "boto3_upload_mib_per_cpu_second": of["upload_boto3_cpu"],
+        "blocking_percent_every_50_steps": stood / seconds * 100 if trained else None,
+        "trainings": [asdict(t) for t in trained],
+        "restore_seconds": of["fetch_seconds"] + of["load_seconds"],
+        "restore_fetch_seconds": of["fetch_seconds"],
+        "restore_load_seconds": of["load_seconds"],
+        **facts,
+        "all": found,
+    }
+    each = [f"{t.blocking_seconds / t.saves * 1e3:.0f}" for t in trained]
+    common.print_table(
+        f"MiniLM (22.7M parameters) and AdamW's state, {facts['saved_mib']:.0f} MiB, 1 thread, medians of {result['repeats']} repeats",
+        ("", "ours", "beside"),
+        [
+            ("a save stops training, ms (beside: Trainer)", f"{of['ours_ms']:.0f}", f"{of['hf_ms']:.0f}"),
+            ("of that on the CPU, ms", f"{of['ours_cpu_ms']:.0f}", f"{of['hf_cpu_ms']:.0f}"),
+            ("the first save, ms", f"{first['ours_ms']:.0f}", f"{first['hf_ms']:.0f}"),
+            ("until it is durable, s", f"{of['durable_seconds']:.1f}", ""),
+            ("steps are slower meanwhile by, %", f"{(slower - 1) * 100:.0f}", ""),
+            ("CPU-seconds of a save", f"{of['save_cpu_seconds']:.2f}", ""),
+            ("upload, MiB/s (beside: boto3)", f"{of['upload_ours']:.0f}", f"{of['upload_boto3']:.0f}"),
+            ("upload, MiB per CPU-second", f"{of['upload_ours_cpu']:.0f}", f"{of['upload_boto3_cpu']:.0f}"),
+            ("restore, s", f"{of['fetch_seconds'] + of['load_seconds']:.2f}", ""),
+        ],
+    )
+    print(
+        f"blocking, ours to Trainer's, paired: {blocking[0]:.2f}; upload, ours to boto3's: {upload[0]:.2f} (lower {upload[1]:.2f})"
+    )
+    print(
+        f"every {EVERY_STEPS} steps saves slow the steps by {result['background_percent_every_50_steps']:.1f} % beside themselves"
+    )
+    if trained:
+        print(
+            f"a training that saves every {EVERY_STEPS} steps stands still for {stood / seconds:.2%} ({', '.join(each)} ms a save)"
+        )
+    print(common.write_json("checkpoint", result))
     return 0
 
 

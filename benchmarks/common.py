@@ -1,10 +1,12 @@
-"""What the benchmarks share: the data they run on, and how their numbers are shown and kept."""
+"""What the benchmarks share: the data they run on, how runs are compared, and how their numbers are shown and kept."""
 
 import csv
 import json
+import math
 import os
 import platform
 import random
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ AIRLINE = Path(os.environ.get("FINETUNE_AIRLINE_TWEETS") or ROOT.parent / "share
 """Tweets under a licence that keeps them out of this repository (CC BY-NC-SA 4.0); FINETUNE_AIRLINE_TWEETS names another place."""
 LABELS = ["negative", "neutral", "positive"]
 VALIDATION_SHARE = 0.1
+# Student's t, one side 95 %, by degrees of freedom.
+T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
 
 Rows = list[dict[str, str]]
 """Each with text and label."""
@@ -59,6 +63,21 @@ def read_csv(path: Path) -> Rows:
     """Rows of a csv file with a header."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def ratio(of: list[float], to: list[float]) -> tuple[float, float]:
+    """Geometric mean of the paired ratios, and its lower 95 % bound (one side, Student's t on their logarithms)."""
+    logs = [math.log(a / b) for a, b in zip(of, to, strict=True)]
+    mean, bound = lower(logs)
+    return math.exp(mean), math.exp(bound)
+
+
+def lower(values: list[float]) -> tuple[float, float]:
+    """Mean and its lower 95 % bound (one side, Student's t)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf
+    return mean, mean - T95.get(len(values) - 1, 1.8) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -34,8 +34,6 @@ ROOT = common.ROOT
 BATCH_SIZE, EPOCHS, MAX_LENGTH = 32, 1, 128
 FROZEN_LAYERS = 3
 CASES = ("hf default", "hf tuned", "hf tuned, frozen", "ours", "ours, freeze")
-# Student's t, one side 95 %, by degrees of freedom.
-T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
 
 
 @dataclass
@@ -236,21 +234,6 @@ def measure(folder: Path, case: str, seed: int, mirror: str) -> Measured:
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def ratio(of: list[float], to: list[float]) -> tuple[float, float]:
-    """Geometric mean of the paired ratios, and its lower 95 % bound (one side, Student's t on their logarithms)."""
-    logs = [math.log(a / b) for a, b in zip(of, to, strict=True)]
-    mean, bound = lower(logs)
-    return math.exp(mean), math.exp(bound)
-
-
-def lower(values: list[float]) -> tuple[float, float]:
-    """Mean and its lower 95 % bound (one side, Student's t)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, -math.inf
-    return mean, mean - T95.get(len(values) - 1, 1.8) * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=3000, help="training rows")
@@ -324,11 +307,11 @@ def report(corpus: common.Corpus, runs: dict[str, list[Measured]]) -> int:
         ("freeze_vs_hf_tuned_frozen", "ours, freeze", "hf tuned, frozen"),
     ):
         if ours_ in rate and theirs in rate:
-            mean, bound = ratio(rate[ours_], rate[theirs])
+            mean, bound = common.ratio(rate[ours_], rate[theirs])
             result["ratios"] |= {name: mean, f"{name}_lower_95": bound}
             print(f"{name}: {mean:.2f} (lower 95 % bound {bound:.2f})")
     if "ours" in runs and "hf tuned" in runs:
-        mean, bound = lower([a.macro_f1 - b.macro_f1 for a, b in zip(runs["ours"], runs["hf tuned"], strict=True)])
+        mean, bound = common.lower([a.macro_f1 - b.macro_f1 for a, b in zip(runs["ours"], runs["hf tuned"], strict=True)])
         result["macro_f1_ours_minus_hf_tuned"] = {"mean": mean, "lower_95": bound}
         print(f"macro-F1 of ours minus hf tuned, paired by seed: {mean:+.4f} (lower 95 % bound {bound:+.4f})")
     print(common.write_json("trainer", result))

@@ -66,7 +66,7 @@ def test_a_prefix_sees_only_its_own(bucket: str) -> None:
 
 
 def test_a_large_file_goes_in_parts_with_one_checksum(store: Store, tmp_path: Path) -> None:
-    content = os.urandom(20 * 1024 * 1024 + 7)  # over boto3's threshold for multipart uploads (8 MiB)
+    content = os.urandom(20 * 1024 * 1024 + 7)  # more than one part (16 MiB)
     (tmp_path / "file").write_bytes(content)
     store.upload(tmp_path / "file", "large")
     store.download("large", tmp_path / "back")

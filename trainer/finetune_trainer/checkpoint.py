@@ -23,8 +23,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ _EXECUTION = re.compile(r"executions/([0-9]+)\.json")
 MICRO_BATCH = "micro-batch.json"
 WORTH_A_COPY = 1 << 20
 """Bytes from which on a copy at the storage, two requests, is better than sending it again."""
+FILES_AT_ONCE = 4
+"""Files that are uploaded at the same time: one is hashed while another is sent, and small ones do not wait for the answer to each other."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,7 @@ class Checkpoints:
         self._count(skipped=1)
 
     def _count(self, **more: float) -> None:
-        with self._counting:  # both threads count
+        with self._counting:  # all threads count
             self.saving = self.saving.model_copy(update={name: getattr(self.saving, name) + n for name, n in more.items()})
 
     def wait(self) -> None:
@@ -299,13 +303,8 @@ class Checkpoints:
     def _upload(self, name: str, folder: Path) -> list[dict[str, Any]]:
         """The manifest's files. What is the same as in the last commit is copied where it is."""
         began = time.perf_counter()
-        files = []
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            key, size, sha256 = path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)
-            if not self._copied(key, size, sha256, f"{name}/{key}"):
-                self.store.upload(path, f"{name}/{key}")
-                self._count(uploaded_bytes=size)
-            files.append({"path": key, "size": size, "sha256": sha256})
+        with ThreadPoolExecutor(FILES_AT_ONCE, "upload") as pool:
+            files = list(pool.map(partial(self._send, name, folder), sorted(p for p in folder.rglob("*") if p.is_file())))
         arrived = self.store.sizes(f"{name}/")
         for file in files:
             there = arrived.get(key := f"{name}/{file['path']}", 0)
@@ -315,6 +314,13 @@ class Checkpoints:
                 )
         self._count(upload_seconds=time.perf_counter() - began)
         return files
+
+    def _send(self, name: str, folder: Path, path: Path) -> dict[str, Any]:
+        key, size, sha256 = path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)
+        if not self._copied(key, size, sha256, f"{name}/{key}"):
+            self.store.upload(path, f"{name}/{key}")
+            self._count(uploaded_bytes=size)
+        return {"path": key, "size": size, "sha256": sha256}
 
     def _remember(self, checkpoint: Checkpoint) -> None:
         self._stored = {f["path"]: (f["sha256"], f"{checkpoint.name}/{f['path']}") for f in checkpoint.manifest["files"]}
