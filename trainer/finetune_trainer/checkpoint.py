@@ -43,7 +43,7 @@ MICRO_BATCH = "micro-batch.json"
 WORTH_A_COPY = 1 << 20
 """Bytes from which on a copy at the storage, two requests, is better than sending it again."""
 FILES_AT_ONCE = 4
-"""Files that are uploaded at the same time: one is hashed while another is sent, and small ones do not wait for the answer to each other."""
+"""Files on their way at the same time: one is hashed while another is sent, and small ones do not wait for the answer to each other."""
 
 
 @dataclass(frozen=True)
@@ -148,17 +148,23 @@ class Checkpoints:
     def fetch(self, checkpoint: Checkpoint) -> Path | None:
         """Downloads and verifies; None (and a line in the log) if a file is missing or differs."""
         folder = self.scratch / "restored" / checkpoint.name
-        for file in checkpoint.manifest["files"]:
-            target = folder / file["path"]
-            try:
-                self.store.download(f"{checkpoint.name}/{file['path']}", target)
-            except Missing:
-                self._refuse(checkpoint, f"{file['path']} is missing")
-                return None
-            if target.stat().st_size != file["size"] or _sha256(target) != file["sha256"]:
-                self._refuse(checkpoint, f"{file['path']} differs from its manifest")
-                return None
+        with ThreadPoolExecutor(FILES_AT_ONCE, "download") as pool:
+            wrong = list(filter(None, pool.map(partial(self._receive, checkpoint.name, folder), checkpoint.manifest["files"])))
+        if wrong:
+            self._refuse(checkpoint, wrong[0])
+            return None
         return folder
+
+    def _receive(self, name: str, folder: Path, file: dict[str, Any]) -> str | None:
+        """Why this file cannot be used."""
+        target = folder / file["path"]
+        try:
+            self.store.download(f"{name}/{file['path']}", target)
+        except Missing:
+            return f"{file['path']} is missing"
+        if target.stat().st_size != file["size"] or _sha256(target) != file["sha256"]:
+            return f"{file['path']} differs from its manifest"
+        return None
 
     def _refuse(self, checkpoint: Checkpoint, why: str) -> None:
         self.log(f"checkpoint {checkpoint.name} is not used: {why}")
@@ -259,6 +265,13 @@ class Checkpoints:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def settle(self) -> None:
+        """Where training has failed: lets what is on its way come through first, as an interpreter that ends starts no more threads."""
+        try:
+            self.wait()
+        except Exception as error:  # noqa: BLE001  (told: the other failure is the one that counts)
+            self.log(f"the last save failed as well: {getattr(error, 'message', type(error).__name__)}")
 
     def _check_not_replaced(self) -> None:
         """A newer execution has begun: what this one writes no longer counts, and it must not delete what the newer one needs."""

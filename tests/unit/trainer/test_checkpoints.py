@@ -1,15 +1,18 @@
 """Checkpoints over a folder: half of one never counts, a bad one is passed over, and a replaced execution cannot interfere."""
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trainer_kit import Job
+from trainer_kit import Job, ScriptedConsole
 
 from finetune_trainer.checkpoint import MANIFEST, Checkpoint, Checkpoints
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.lineage import Lineage
+from finetune_trainer.run import Run
 from finetune_trainer.store import FolderStore
 
 DIGEST = "d" * 64
@@ -185,6 +188,36 @@ def test_a_failed_save_is_told_by_the_next_one(place: Place, monkeypatch: pytest
     checkpoints.save(10, lambda: lambda folder: stage(folder, 10), place._done)
     with pytest.raises(TrainingFailure, match="no space left"):
         checkpoints.save(20, lambda: lambda folder: stage(folder, 20), place._done)
+
+
+def test_files_go_up_at_the_same_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload, together = place.store.upload, threading.Barrier(2, timeout=10)
+
+    def meeting(path: Path, key: str) -> None:
+        together.wait()
+        upload(path, key)
+
+    checkpoints = place.execution()
+    monkeypatch.setattr(place.store, "upload", meeting)
+    place.save(checkpoints, 10)
+    assert restored_step(place.execution(None)) == 10
+
+
+def test_a_training_that_fails_lets_its_save_come_through(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = FolderStore.upload
+
+    def slow(store: FolderStore, path: Path, key: str) -> None:
+        time.sleep(0.1)
+        upload(store, path, key)
+
+    def fail() -> None:
+        raise RuntimeError("anything")
+
+    monkeypatch.setattr(FolderStore, "upload", slow)
+    recipe = job.recipe(checkpoint={"everySteps": 2})
+    with pytest.raises(RuntimeError, match="anything"):
+        Run(recipe, job.runtime(), threading.Event(), console=ScriptedConsole({3: fail}))()
+    assert job.steps() == [2]
 
 
 def test_keep_last_keeps_the_newest_and_the_best(place: Place) -> None:
