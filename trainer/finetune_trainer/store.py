@@ -42,8 +42,8 @@ NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 CONFLICT_TRIES, CONFLICT_WAIT = 6, 0.05
 """Tries of a conditional write, and seconds: the wait between two doubles up to 1.6 s."""
 MISSING = {"NoSuchKey", "404", "NotFound"}
-PART = 16 << 20
-"""Bytes of a request of an upload: of half that, boto3's own, twice as many requests cost the CPU more."""
+LARGE, PART = 256 << 20, 64 << 20
+"""Bytes from which on a file goes in parts, and of a part. In one request it is hashed once less here, and not put together there."""
 
 
 class Missing(KeyError):  # noqa: N818
@@ -284,7 +284,7 @@ class S3Store:
         with self._errors(key):
             # The checksum of the whole object makes the store refuse what arrives changed.
             extra = {"ChecksumCRC32": _crc32(path), "ChecksumAlgorithm": "CRC32"}
-            parts = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART)
+            parts = TransferConfig(multipart_threshold=LARGE, multipart_chunksize=PART)
             self.client.upload_file(str(path), self.bucket, self._key(key), ExtraArgs=extra, Config=parts)
 
     def download(self, key: str, path: Path) -> None:
