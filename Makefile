@@ -9,7 +9,7 @@ E2E := $(if $(SMOKE),$(wildcard tests/e2e/test_1_*.py),tests/e2e)
 # The test cluster is a tool of this checkout, not a part of the distribution.
 export PYTHONPATH := $(CURDIR)/hack/testcluster
 
-.PHONY: help demo test lint unit integration e2e bench bench-trainer bench-few-shot images cluster cluster-down generate lock sbom clean
+.PHONY: help demo test lint unit integration e2e bench bench-trainer bench-few-shot bench-checkpoint images cluster cluster-down generate lock sbom clean
 
 help: ## this table
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,13 +44,16 @@ else
 	env -u KUBECONFIG $(BIN)/python -m testcluster.sandbox $(BIN)/python -m pytest $(E2E)
 endif
 
-bench: bench-trainer bench-few-shot ## every benchmark; each prints its table and writes build/bench/NAME.json
+bench: bench-trainer bench-few-shot bench-checkpoint ## every benchmark; each prints its table and writes build/bench/NAME.json
 
 bench-trainer: $(VENV)/dev.stamp ## the trainer's speed and quality beside Hugging Face's Trainer (about 30 minutes)
 	$(BIN)/python benchmarks/trainer.py
 
 bench-few-shot: $(VENV)/demo.stamp ## what 8, 32 and 128 examples of each class are worth, ours beside logistic regression (about 15 CPU-minutes)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/few_shot.py
+
+bench-checkpoint: $(VENV)/dev.stamp ## what a save costs training beside Hugging Face's Trainer, uploads beside boto3 (about 15 minutes)
+	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/checkpoint.py
 
 cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes with the operator: a real node as root, else (or with NODE=0) pods as processes
 	$(BIN)/python -m testcluster $(if $(filter 0,$(NODE)),up,up-node)

@@ -33,6 +33,12 @@ from trainer_kit import Job, make_model, write_data
 MiB = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def _in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what would go in one request."""
+    monkeypatch.setattr("finetune_trainer.s3.AT_ONCE", PART)
+
+
 @pytest.fixture
 def bucket(s3: S3Server) -> str:
     return s3.create_bucket(f"faults-{uuid.uuid4().hex[:12]}")

@@ -67,8 +67,12 @@ def test_a_prefix_sees_only_its_own(bucket: str) -> None:
     assert open_store(f"s3://{bucket}/one").list() == ["x"]
 
 
-def test_a_large_file_goes_in_parts_with_one_checksum(store: Store, tmp_path: Path) -> None:
-    content = os.urandom(20 * 1024 * 1024 + 7)  # over boto3's threshold for multipart uploads (8 MiB)
+def test_a_large_file_goes_in_parts_with_one_checksum(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import finetune_trainer.s3 as module
+
+    for size in ("AT_ONCE", "PART"):
+        monkeypatch.setattr(module, size, 8 << 20)
+    content = os.urandom(20 * 1024 * 1024 + 7)
     (tmp_path / "file").write_bytes(content)
     store.upload(tmp_path / "file", "large")
     store.download("large", tmp_path / "back")

@@ -23,8 +23,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ _EXECUTION = re.compile(r"executions/([0-9]+)\.json")
 MICRO_BATCH = "micro-batch.json"
 WORTH_A_COPY = 1 << 20
 """Bytes from which on a copy at the storage, two requests, is better than sending it again."""
+FILES_AT_ONCE = 4
+"""Files on their way at the same time: one is hashed while another is sent, and small ones do not wait for the answer to each other."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +155,23 @@ class Checkpoints:
                 what = "is missing" if found is None else f"has {found.size} bytes and not {file['size']}"
                 self._refuse(checkpoint, f"{file['path']} {what}")
                 return None
-        for file in checkpoint.manifest["files"]:
-            target = folder / file["path"]
-            try:
-                self.store.download(f"{checkpoint.name}/{file['path']}", target)
-            except Missing:
-                self._refuse(checkpoint, f"{file['path']} is missing")
-                return None
-            if _sha256(target) != file["sha256"]:
-                self._refuse(checkpoint, f"{file['path']} differs from its manifest")
-                return None
+        with ThreadPoolExecutor(FILES_AT_ONCE, "download") as pool:
+            wrong = list(filter(None, pool.map(partial(self._receive, checkpoint.name, folder), checkpoint.manifest["files"])))
+        if wrong:
+            self._refuse(checkpoint, wrong[0])
+            return None
         return folder
+
+    def _receive(self, name: str, folder: Path, file: dict[str, Any]) -> str | None:
+        """Why this file cannot be used."""
+        target = folder / file["path"]
+        try:
+            self.store.download(f"{name}/{file['path']}", target)
+        except Missing:
+            return f"{file['path']} is missing"
+        if _sha256(target) != file["sha256"]:
+            return f"{file['path']} differs from its manifest"
+        return None
 
     def _refuse(self, checkpoint: Checkpoint, why: str) -> None:
         self.log(f"checkpoint {checkpoint.name} is not used: {why}")
@@ -251,7 +261,7 @@ class Checkpoints:
         self._count(skipped=1)
 
     def _count(self, **more: float) -> None:
-        with self._counting:  # both threads count
+        with self._counting:  # all threads count
             self.saving = self.saving.model_copy(update={name: getattr(self.saving, name) + n for name, n in more.items()})
 
     def wait(self) -> None:
@@ -262,6 +272,13 @@ class Checkpoints:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def settle(self) -> None:
+        """Where training has failed: lets what is on its way come through first, as an interpreter that ends starts no more threads."""
+        try:
+            self.wait()
+        except Exception as error:  # noqa: BLE001  (told: the other failure is the one that counts)
+            self.log(f"the last save failed as well: {getattr(error, 'message', type(error).__name__)}")
 
     def _check_not_replaced(self) -> None:
         """A newer execution has begun: what this one writes no longer counts, and it must not delete what the newer one needs."""
@@ -306,13 +323,8 @@ class Checkpoints:
     def _upload(self, name: str, folder: Path) -> list[dict[str, Any]]:
         """The manifest's files. What is the same as in the last commit is copied where it is."""
         began = time.perf_counter()
-        files = []
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            key, size, sha256 = path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)
-            if not self._copied(key, size, sha256, f"{name}/{key}"):
-                self.store.upload(path, f"{name}/{key}")
-                self._count(uploaded_bytes=size)
-            files.append({"path": key, "size": size, "sha256": sha256})
+        with ThreadPoolExecutor(FILES_AT_ONCE, "upload") as pool:
+            files = list(pool.map(partial(self._send, name, folder), sorted(p for p in folder.rglob("*") if p.is_file())))
         arrived = self.store.entries(f"{name}/")
         for file in files:
             entry = arrived.get(key := f"{name}/{file['path']}")
@@ -322,6 +334,13 @@ class Checkpoints:
                 )
         self._count(upload_seconds=time.perf_counter() - began)
         return files
+
+    def _send(self, name: str, folder: Path, path: Path) -> dict[str, Any]:
+        key, size, sha256 = path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)
+        if not self._copied(key, size, sha256, f"{name}/{key}"):
+            self.store.upload(path, f"{name}/{key}")
+            self._count(uploaded_bytes=size)
+        return {"path": key, "size": size, "sha256": sha256}
 
     def _remember(self, checkpoint: Checkpoint) -> None:
         self._stored = {f["path"]: (f["sha256"], f"{checkpoint.name}/{f['path']}") for f in checkpoint.manifest["files"]}

@@ -171,6 +171,9 @@ class Run:
                 loop.train()
                 best = self._best(loop, checkpoints, tokenizer)
                 return self._publish(best, loop, encoded, tokenizer, trackers)
+        except Exception:
+            checkpoints.settle()
+            raise
         finally:
             if self.group.leads:
                 self._upload_logs(logs, checkpoints.execution)

@@ -37,8 +37,10 @@ MIN_WAIT, MAX_WAIT = 0.2, 10.0
 """Seconds: a wait is a random part of the first, doubled with each try up to the second."""
 TOLD_AFTER, TOLD_AGAIN = 5.0, 60.0
 """Seconds of trying again after which that is said, and said again."""
+AT_ONCE = 256 * MiB
+"""Bytes up to which a file goes in one request: it is hashed once less here, and not put together there."""
 PART, MAX_PARTS = 16 * MiB, 1000
-"""Bytes of a part of an upload, more only where there would be too many: 10,000 are allowed, of up to 5 GiB; objects up to 5 TB."""
+"""Bytes of a part of a larger one, more only where there would be too many: 10,000 are allowed, of up to 5 GiB; objects up to 5 TB."""
 THREADS = 4
 """Parts on their way at once. They are read from the file as they are sent: no part is ever in memory."""
 COPIED_AT_ONCE = 1 << 30
@@ -173,7 +175,7 @@ class S3Store:
         crc = _crc32(path) if getattr(self.client.meta.config, "request_checksum_calculation", "") == "when_supported" else None
         algorithm = {"ChecksumAlgorithm": "CRC32"} if crc else {}
         whole = {"ChecksumCRC32": crc} if crc else {}
-        if size <= part:
+        if size <= AT_ONCE:
             self._patiently(key, partial(self._send, self.client.put_object, path, 0, size, Key=self._key(key), **whole))
             return
         full = {"ChecksumType": "FULL_OBJECT"} if crc else {}
@@ -416,6 +418,7 @@ def s3_client(read_timeout: float = 60.0) -> "S3Client":
         connect_timeout=5,
         read_timeout=read_timeout,
         tcp_keepalive=True,
+        max_pool_connections=32,  # several files at once (checkpoint.py), each in several parts
         retries={"mode": "standard", "total_max_attempts": 3},
         s3={"addressing_style": style} if style else None,
     )

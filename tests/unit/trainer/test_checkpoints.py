@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from trainer_kit import Job
+from trainer_kit import Job, ScriptedConsole
 
 from finetune_api.recipe import CheckpointPolicy, WhenBusy
 from finetune_trainer import checkpoint, saving
@@ -21,6 +22,7 @@ from finetune_trainer.checkpoint import MANIFEST, Checkpoint, Checkpoints
 from finetune_trainer.dist import ALONE
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.lineage import Lineage
+from finetune_trainer.run import Run
 from finetune_trainer.saving import Saves
 from finetune_trainer.store import FolderStore
 
@@ -197,6 +199,36 @@ def test_a_failed_save_is_told_by_the_next_one(place: Place, monkeypatch: pytest
     checkpoints.save(10, lambda: lambda folder: stage(folder, 10), place._done)
     with pytest.raises(TrainingFailure, match="no space left"):
         checkpoints.save(20, lambda: lambda folder: stage(folder, 20), place._done)
+
+
+def test_files_go_up_at_the_same_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload, together = place.store.upload, threading.Barrier(2, timeout=10)
+
+    def meeting(path: Path, key: str) -> None:
+        together.wait()
+        upload(path, key)
+
+    checkpoints = place.execution()
+    monkeypatch.setattr(place.store, "upload", meeting)
+    place.save(checkpoints, 10)
+    assert restored_step(place.execution(None)) == 10
+
+
+def test_a_training_that_fails_lets_its_save_come_through(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = FolderStore.upload
+
+    def slow(store: FolderStore, path: Path, key: str) -> None:
+        time.sleep(0.1)
+        upload(store, path, key)
+
+    def fail() -> None:
+        raise RuntimeError("anything")
+
+    monkeypatch.setattr(FolderStore, "upload", slow)
+    recipe = job.recipe(checkpoint={"everySteps": 2})
+    with pytest.raises(RuntimeError, match="anything"):
+        Run(recipe, job.runtime(), threading.Event(), console=ScriptedConsole({3: fail}))()
+    assert job.steps() == [2]
 
 
 def test_keep_last_keeps_the_newest_and_the_best(place: Place) -> None:
