@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp ## format, lint, import layers and types
 	mypy
 
 unit: $(VENV)/dev.stamp ## unit tests
-	$(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 
 integration: $(VENV)/dev.stamp ## integration tests (the first run builds the Kubernetes binaries: about 10 minutes)
 	$(BIN)/python -m testcluster binaries

@@ -16,6 +16,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
+from finetune_api.report import EndReport, Outcome
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.fetch import FETCHED, fetch_folder
@@ -440,3 +441,28 @@ def test_over_tls(tmp_path: Path, large: Path, monkeypatch: pytest.MonkeyPatch, 
         assert (tmp_path / "back").read_bytes() == large.read_bytes()
         assert store.put_if_absent("once", b"1")
         assert not store.put_if_absent("once", b"2")
+
+
+def test_asked_to_end_with_the_storage_gone_it_says_so_in_time(faulty: Faulty, bucket: str, s3: S3Server, tmp_path: Path) -> None:
+    """It waited for the storage until it was killed, and left no word."""
+    job = Job(tmp_path / "job", make_model(tmp_path / "model"), write_data(tmp_path / "data"))
+    job.changes = {
+        "hyperparameters": {"epochs": 900, "maxSteps": None},
+        "checkpoint": {"everySteps": 5, "saveDeadlineSeconds": 10},
+        "output": {"storageUri": f"s3://{bucket}/out"},
+    }
+    environment = job.environment() | s3.environment() | {"AWS_ENDPOINT_URL": faulty.endpoint}
+    training = subprocess.Popen([sys.executable, "-m", "finetune_trainer"], env=environment)
+    try:
+        before = s3.client()
+        while not before.list_objects_v2(Bucket=bucket, Prefix="out/checkpoints/step-").get("Contents"):
+            assert training.poll() is None
+            time.sleep(0.2)
+        faulty.gone(3600)
+        training.terminate()
+        assert training.wait(60) == 19
+    finally:
+        training.kill()
+    end = EndReport.model_validate_json((job.home / "termination-log").read_text())
+    assert (end.outcome, end.reason) == (Outcome.FAILED, "StorageUnavailable")
+    assert "saveDeadlineSeconds" in end.message

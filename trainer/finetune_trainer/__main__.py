@@ -28,7 +28,11 @@ def end(code: int) -> NoReturn:
 
     # One of several processes has threads of gloo or NCCL. When the interpreter takes them down in its own order, it now and then aborts,
     # and torchrun would take that for a failure of a training that is done.
-    if trackers.left_behind() or os.environ.get("WORLD_SIZE", "1") != "1":
+    # And a save that did not arrive in time must not hold up the end.
+    others = any(
+        thread.is_alive() and not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()
+    )
+    if others or trackers.left_behind() or os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -95,6 +95,7 @@ class Checkpoints:
         self._told_denied = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._late = False
 
     # ---------------------------------------------------------------------------------------------------------- read --
     def committed(self) -> list[Checkpoint]:
@@ -264,10 +265,16 @@ class Checkpoints:
         with self._counting:  # all threads count
             self.saving = self.saving.model_copy(update={name: getattr(self.saving, name) + n for name, n in more.items()})
 
-    def wait(self) -> None:
-        """Until nothing is on its way. Raises what went wrong in the background."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until nothing is on its way. Raises what went wrong in the background, or that it took longer than this."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                self._late = True
+                message = (
+                    f"{self.store.uri}: the last save did not arrive within {seconds:.0f} s (checkpoint.saveDeadlineSeconds)"
+                )
+                raise TrainingFailure("StorageUnavailable", message)
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
@@ -276,7 +283,8 @@ class Checkpoints:
     def settle(self) -> None:
         """Where training has failed: lets what is on its way come through first, as an interpreter that ends starts no more threads."""
         try:
-            self.wait()
+            if not self._late:
+                self.wait()
         except Exception as error:  # noqa: BLE001  (told: the other failure is the one that counts)
             self.log(f"the last save failed as well: {getattr(error, 'message', type(error).__name__)}")
 

@@ -373,13 +373,16 @@ class Run:
 
     def _upload_logs(self, folder: Path, execution: int) -> None:
         try:
-            upload_folder(folder, self.output, f"{names.LOGS_DIR}/{execution:04d}")
+            place = open_store(self.recipe.output.storage_uri, self.runtime.s3_root, patience=LOGS_PATIENCE)
+            upload_folder(folder, place, f"{names.LOGS_DIR}/{execution:04d}")
         except (TrainingFailure, OSError) as error:
             # Logs are no reason to lose a trained model; where the storage is gone, the training has failed by itself. A tracker that
             # was left behind may still be at work on its files.
             self.console.line(f"logs were not uploaded: {getattr(error, 'message', error)}")
 
 
+LOGS_PATIENCE = 10.0
+"""Seconds: at the end of a pod there is little time, and logs are the least of what is lost with a storage."""
 _OTHER = "change output.storageUri, or set output.overwrite: true to replace it"
 
 

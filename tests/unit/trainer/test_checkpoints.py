@@ -231,6 +231,20 @@ def test_a_training_that_fails_lets_its_save_come_through(job: Job, monkeypatch:
     assert job.steps() == [2]
 
 
+def test_asked_to_end_it_waits_for_its_save_as_long_as_there_is_time(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = FolderStore.upload
+
+    def slow(store: FolderStore, path: Path, key: str) -> None:
+        if "model.safetensors" in key:
+            time.sleep(5)
+        upload(store, path, key)
+
+    monkeypatch.setattr(FolderStore, "upload", slow)
+    with pytest.raises(TrainingFailure, match=r"did not arrive within 4 s \(checkpoint\.saveDeadlineSeconds\)") as failed:
+        job.run(stop_at=3, checkpoint={"saveDeadlineSeconds": 5})
+    assert failed.value.failure.reason == "StorageUnavailable"
+
+
 def test_keep_last_keeps_the_newest_and_the_best(place: Place) -> None:
     checkpoints = place.execution(keep=2)
     checkpoints.best = checkpoints.name(10)
