@@ -151,7 +151,7 @@ class CheckpointStatus(Model):
     uri: Annotated[str, StringConstraints(max_length=2048)]
     """Where it is."""
     time: Time
-    """When it was committed."""
+    """When the training state in it was taken: a crash loses what was done since."""
     size_bytes: Count
     """Size of all its files."""
 

@@ -253,7 +253,7 @@ class Checkpoints:
         began = time.perf_counter()
         self.wait()
         write = hold()
-        self._thread = threading.Thread(target=self._commit, args=(step, write, self.best, done), name="checkpoint")
+        self._thread = threading.Thread(target=self._commit, args=(step, _now(), write, self.best, done), name="checkpoint")
         self._thread.start()
         self._count(blocking_seconds=time.perf_counter() - began)
 
@@ -298,7 +298,9 @@ class Checkpoints:
                 "same recipe writes there too, give each an output.storageUri of its own",
             )
 
-    def _commit(self, step: int, write: Callable[[Path], None], best: str | None, done: Callable[[Checkpoint], None]) -> None:
+    def _commit(
+        self, step: int, time: str, write: Callable[[Path], None], best: str | None, done: Callable[[Checkpoint], None]
+    ) -> None:
         try:
             name = self.name(step)
             folder = self.scratch / "staged" / name
@@ -310,7 +312,7 @@ class Checkpoints:
                 "execution": self.execution,
                 **self.lineage.facts,
                 "best": best,
-                "time": _now(),
+                "time": taken,
                 "files": self._upload(name, folder),
             }
             if not self.store.put_if_absent(f"{name}/{MANIFEST}", json.dumps(manifest).encode()):
