@@ -299,7 +299,7 @@ class Checkpoints:
             )
 
     def _commit(
-        self, step: int, time: str, write: Callable[[Path], None], best: str | None, done: Callable[[Checkpoint], None]
+        self, step: int, taken: str, write: Callable[[Path], None], best: str | None, done: Callable[[Checkpoint], None]
     ) -> None:
         try:
             name = self.name(step)
