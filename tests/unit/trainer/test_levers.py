@@ -35,7 +35,8 @@ def run(job: Job, name: str, hyperparameters: dict[str, Any], **more: Any) -> Jo
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model/model.safetensors")
+    """What does not train is a file of its own in a checkpoint."""
+    return {name: tensor for file in (folder / "model").glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def result(job: Job) -> dict[str, Any]:

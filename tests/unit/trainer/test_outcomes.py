@@ -163,7 +163,7 @@ def test_another_recipes_result_is_kept_unless_told_otherwise(job: Job) -> None:
     assert failed.value.failure.reason == "OutputExists"
     assert (job.output / "model/model.safetensors").read_bytes() == before
     end = job.run(hyperparameters={"learningRate": 1e-3}, output={"overwrite": True})
-    assert (end.outcome, end.resumed_from, end.step) == (Outcome.COMPLETE, None, 6)
+    assert (end.outcome, end.resumed_from, end.step) == (Outcome.COMPLETE, None, 18)
 
 
 def test_checkpoints_of_another_recipe_are_not_gone_on_from(job: Job) -> None:
