@@ -71,15 +71,22 @@ def _heads(model: "PreTrainedModel") -> list[str] | None:
     ] or None
 
 
-def save(model: "PreTrainedModel", folder: Path, weights: "dict[str, torch.Tensor]") -> None:
-    """The adapters alone, as peft has them, of these weights of the model."""
+def named(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """Of the model's weights the adapters alone, under the names that peft's files have. Not while the model computes: peft asks its modules
+    for their state, and that changes what is cut up (sharding.py)."""
     from peft import get_peft_model_state_dict
+
+    # Asked to find out about the embeddings by itself, peft looks for the model at the hub, at every save.
+    found = get_peft_model_state_dict(model, weights, adapter_name=NAME, save_embedding_layers=False)
+    return {_PREFIX + name: tensor for name, tensor in found.items()}
+
+
+def save(model: "PreTrainedModel", folder: Path, weights: "dict[str, torch.Tensor]") -> None:
+    """The adapters alone, as peft has them; `weights` are `named`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Asked to find out about the embeddings by itself, peft looks for the model at the hub, at every save.
-    own = get_peft_model_state_dict(model, weights, adapter_name=NAME, save_embedding_layers=False)
-    save_file({_PREFIX + name: w.contiguous() for name, w in own.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    save_file({name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
     model.peft_config[NAME].save_pretrained(folder)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune_trainer import layers, sharding, vocabulary
+from finetune_trainer import adapters, layers, sharding, vocabulary
 from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.sharding import Weights
@@ -70,7 +70,10 @@ def weights(model: "PreTrainedModel", group: Group) -> Weights:
     found = model.state_dict(keep_vars=True)  # sharded ones are known by their identity
     if any(layers.of_addition(name) for name in found):
         found = {name: tensor for name, tensor in found.items() if layers.of_addition(name)}
-    return vocabulary.whole_weights(model, {name: tensor.detach() for name, tensor in sharding.whole(found, group).items()})
+    whole = {name: tensor.detach() for name, tensor in sharding.whole(found, group).items()}
+    if getattr(model, "peft_config", None):
+        return adapters.named(model, whole) if group.leads else {}
+    return vocabulary.whole_weights(model, whole)
 
 
 def gather(model: "PreTrainedModel", optimizer: torch.optim.Optimizer, group: Group) -> Tensors:
