@@ -1,6 +1,10 @@
 """What else must work on a real node: several pods that train as one, scripts of users, queues."""
 
+import contextlib
 import json
+import os
+import signal
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,39 @@ def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Pa
     wait(
         lambda: not [s for s in jobs.list("services") if s["metadata"]["name"] == "pair-nodes"], "the Service to go with its job"
     )
+
+
+def processes_of(pod: str) -> list[int]:
+    """Its Python processes, as this machine numbers them: pods of the node in the sandbox are its own."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it is gone
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if f"HOSTNAME={pod}".encode() in environment and b"finetune_trainer" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def test_lost_work_is_told(installed: World, jobs: Jobs) -> None:
+    """kill -9 in the pod: what was done since the newest checkpoint is lost, and no more is told."""
+    if installed.node is None:
+        pytest.skip("the processes of a cluster of yours are not on this machine")
+    jobs.apply(job(jobs, "killed", epochs=2000))
+    wait_checkpoint(jobs, "killed", beyond=300)
+    [process] = wait(lambda: processes_of(jobs.wait_pod("killed-1")), "its process")
+    os.kill(process, signal.SIGKILL)
+    died = datetime.now(UTC)
+    status = wait(lambda: (s := jobs.status("killed")).get("restarts") == 1 and s, "a restart", 120)
+    saved = datetime.fromisoformat(status["checkpoint"]["time"])
+    lost = (died - saved).total_seconds()
+    assert lost >= 0
+    assert abs(status["lostWorkSeconds"] - lost) <= 5, "one interval of the trainer's reports"
+    went_on = wait(lambda: (s := jobs.status("killed")).get("resumedFrom") and s, "it goes on", 240)
+    assert went_on["resumedFrom"]["step"] == status["checkpoint"]["step"]
+    jobs.patch("killed", {"suspend": True})
+    paused = jobs.wait_state("killed", "Suspended", 120)
+    assert paused["checkpoint"]["step"] > went_on["resumedFrom"]["step"]
+    assert paused["lostWorkSeconds"] - status["lostWorkSeconds"] <= 5 + 5, "a suspension saves, and then it ends"
 
 
 def test_a_suspension_that_discards_does_not_wait_for_a_pod_that_goes_on(jobs: Jobs) -> None:
