@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from trainer_kit import Job, ScriptedConsole
+from trainer_kit import Job, Killed, ScriptedConsole
 
 from finetune_api.recipe import CheckpointPolicy, WhenBusy
 from finetune_trainer import checkpoint, saving
@@ -322,6 +322,21 @@ def test_checkpoints_that_were_refused_are_told(place: Place) -> None:
         ("step-00000030-0001", "trainer/state.json differs from its manifest"),
         ("step-00000020-0001", "model/model.safetensors is missing"),
     ]
+
+
+def test_a_run_tells_which_checkpoints_it_refused(job: Job) -> None:
+    with pytest.raises(Killed):
+        job.run(kill_at=15)
+    newest = job.newest()
+    flip(newest / "trainer/optimizer.safetensors")
+    end = job.run()
+    assert [(r.checkpoint, r.message) for r in end.corrupt] == [
+        (newest.name, "trainer/optimizer.safetensors differs from its manifest")
+    ]
+    assert end.resumed_from is not None
+    assert end.resumed_from.step == 6 < int(newest.name.split("-")[1])
+    assert end.saving is not None
+    assert end.saving.saves > 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk can be mounted by root only")
