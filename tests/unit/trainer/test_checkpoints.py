@@ -1,8 +1,11 @@
 """Checkpoints over a folder: half of one never counts, a bad one is passed over, and a replaced execution cannot interfere."""
 
+import hashlib
 import itertools
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import threading
 import time
@@ -337,6 +340,71 @@ def test_a_run_tells_which_checkpoints_it_refused(job: Job) -> None:
     assert end.resumed_from.step == 6 < int(newest.name.split("-")[1])
     assert end.saving is not None
     assert end.saving.saves > 0
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def test_damage_to_any_file_is_found_before_it_is_used(job: Job, tmp_path: Path) -> None:
+    """Of a real checkpoint, one file and one kind of damage after the other."""
+    with pytest.raises(Killed):
+        job.run(kill_at=15, checkpoint={"everySteps": 7})
+    older, newest = sorted(p.parent for p in job.checkpoints.glob("step-*/MANIFEST.json"))[-2:]
+    files = sorted(p.relative_to(newest) for p in newest.rglob("*") if p.is_file())
+    assert len(files) >= 8
+    for number, (file, damage) in enumerate(itertools.product(files, (flip, truncate, empty, Path.unlink))):
+        place = tmp_path / str(number)
+        shutil.copytree(job.checkpoints, place)
+        damage(place / newest.name / file)
+        lineage = Lineage.of(job.recipe(), 44)
+        reader = Checkpoints(FolderStore(place), tmp_path / "scratch", lineage, keep_last=1, overwrite=False, log=lambda _: None)
+        restored = reader.restore()
+        assert restored is not None
+        # What a manifest says of itself is not hashed: a flipped bit of its own leaves a manifest, or none, or one of another recipe.
+        assert restored[0].name == older.name or (file.name == MANIFEST and damage is flip), (file, damage)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The manifest as somebody would forge it: what it says of its files is true."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(job: Job) -> None:
+    with pytest.raises(Killed):
+        job.run(kill_at=9)
+    trap, folder = job.home / "sprung", job.newest()
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (trap,)
+
+    for path in (folder / "model").glob("*.safetensors"):
+        path.unlink()
+    (folder / "model/pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+    def name_it(manifest: dict[str, Any]) -> None:
+        data = (folder / "model/pytorch_model.bin").read_bytes()
+        entry = {"path": "model/pytorch_model.bin", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"] = [f for f in manifest["files"] if not f["path"].endswith("model.safetensors")] + [entry]
+
+    rewritten(folder, name_it)
+    with pytest.raises(TrainingFailure) as failed:
+        job.run()
+    assert failed.value.failure.reason == "ModelNotFound"
+    assert not trap.exists()
+
+
+def test_absurd_sizes_are_refused_before_anything_is_fetched(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.save(place.execution(), 10, 20)
+    rewritten(place.store.root / "step-00000020-0001", lambda manifest: manifest["files"][0].update(size=10**18))
+    fetched: list[str] = []
+    download = place.store.download
+    monkeypatch.setattr(place.store, "download", lambda key, path: (fetched.append(key), download(key, path)))
+    assert restored_step(place.execution(None)) == 10
+    assert not any("step-00000020" in key for key in fetched)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk can be mounted by root only")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from trainer_kit import Job, Killed
 
 from finetune_trainer.errors import TrainingFailure
@@ -166,3 +167,18 @@ def test_a_run_can_go_on_on_another_machine(job: Job) -> None:
     for work in job.home.glob("work-*"):
         shutil.rmtree(work)
     assert job.run().resumed_from is not None
+
+
+def test_a_resume_takes_as_many_threads_as_it_began_with(job: Job) -> None:
+    """Sums are split among them."""
+    with pytest.raises(Killed):
+        job.run(kill_at=8)
+    torch.set_num_threads(2)
+    try:
+        assert job.run().resumed_from is not None
+        assert torch.get_num_threads() == 1
+        torch.set_num_threads(2)
+        fresh(job, "other", {}).run()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
