@@ -382,7 +382,7 @@ def test_checkpoints_on_a_real_s3_server(place: Place, s3: S3Server, tmp_path: P
     s3.client().put_object(Bucket=bucket, Key=key, Body=b"cut off")
     corrupt = execute("checkpoints", uri, "--verify", env=s3.environment())
     assert corrupt.returncode == 17
-    assert f"{rows[0]['name']} is not used: model/model.safetensors differs" in corrupt.stderr
+    assert f"{rows[0]['name']} is not used: model/model.safetensors has 7 bytes" in corrupt.stderr
     assert_sentence(execute("checkpoints", "s3://cli-missing/x", env=s3.environment()), 15, "cli-missing", "does not exist")
 
 

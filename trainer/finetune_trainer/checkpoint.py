@@ -95,6 +95,10 @@ class Checkpoints:
         self._told_denied = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.stopping = threading.Event()
+        """Set when the process is asked to end: from then on a save is waited for no longer than `seconds_to_end`."""
+        self.seconds_to_end = threading.TIMEOUT_MAX
+        self._asked: float | None = None
         self._late = False
 
     # ---------------------------------------------------------------------------------------------------------- read --
@@ -265,16 +269,21 @@ class Checkpoints:
         with self._counting:  # all threads count
             self.saving = self.saving.model_copy(update={name: getattr(self.saving, name) + n for name, n in more.items()})
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Until nothing is on its way. Raises what went wrong in the background, or that it took longer than this."""
+    def wait(self) -> None:
+        """Until nothing is on its way. Raises what went wrong in the background, or that there is no more time to wait."""
         if self._thread is not None:
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                self._late = True
-                message = (
-                    f"{self.store.uri}: the last save did not arrive within {seconds:.0f} s (checkpoint.saveDeadlineSeconds)"
-                )
-                raise TrainingFailure("StorageUnavailable", message)
+            while self._thread.is_alive():
+                self._thread.join(0.2)
+                if self.stopping.is_set():
+                    self._asked = self._asked or time.monotonic()
+                    self._thread.join(max(0.0, self._asked + self.seconds_to_end - time.monotonic()))
+                    if self._thread.is_alive():
+                        self._late = True
+                        raise TrainingFailure(
+                            "StorageUnavailable",
+                            f"{self.store.uri}: asked to end, and the last save did not arrive within {self.seconds_to_end:.0f} s "
+                            "(checkpoint.saveDeadlineSeconds)",
+                        )
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None

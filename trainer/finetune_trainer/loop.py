@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-SAVING_SHARE = 0.7
-"""Of the time that a process has to end, for the last save to arrive: then there is still time to say that it did not."""
-
-
 @dataclass
 class Loop:
     """One training. `on_step(loss, rate)`, `on_evaluation(scores)` and `on_commit(checkpoint)` tell what happens."""
@@ -168,7 +164,7 @@ class Loop:
         if self.saves.due(state.step, evaluated=due or last, by_the_clock=self._save_asked, must=must):
             self._save()
         if self._ending:
-            self.checkpoints.wait(SAVING_SHARE * self.recipe.checkpoint.save_deadline_seconds)
+            self.checkpoints.wait()
             raise TrainingFailure("Interrupted", f"asked to end; step {state.step} is saved")
 
     def _save(self) -> None:

@@ -138,6 +138,8 @@ class Run:
             overwrite=recipe.output.overwrite,
             log=self.console.line,
         )
+        checkpoints.stopping = self.stopping
+        checkpoints.seconds_to_end = SAVING_SHARE * recipe.checkpoint.save_deadline_seconds
         checkpoints.store.check(writable=True)
         restored = self._restore(checkpoints)
         if self._extends and restored is None:
@@ -383,6 +385,8 @@ class Run:
 
 LOGS_PATIENCE = 10.0
 """Seconds: at the end of a pod there is little time, and logs are the least of what is lost with a storage."""
+SAVING_SHARE = 0.7
+"""Of the time that a process has to end, for the last save to arrive: then there is still time to say that it did not."""
 _OTHER = "change output.storageUri, or set output.overwrite: true to replace it"
 
 
