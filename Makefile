@@ -30,7 +30,7 @@ unit: $(VENV)/dev.stamp ## unit tests
 
 integration: $(VENV)/dev.stamp ## integration tests (the first run builds the Kubernetes binaries: about 10 minutes)
 	$(BIN)/python -m testcluster binaries
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/integration --numprocesses 2 --dist loadfile
 
 # The model comes before the sandbox, which has no way to a package index.
 # Only when it is said on the command line: a KUBECONFIG that happens to be set may be anybody's cluster.
