@@ -96,7 +96,7 @@ def test_a_suspension_that_discards_does_not_wait_for_a_pod_that_goes_on(jobs: J
     jobs.wait_state("stubborn", "Running", 240)
     jobs.patch("stubborn", {"suspend": True})
     jobs.wait_state("stubborn", "Suspended", 90)
-    assert not jobs.list("pods")
+    wait(lambda: not jobs.list("pods"), "no pods while it is suspended", 60)  # the kubelet reports their end before they are gone
 
 
 TASKS: dict[str, tuple[str, str, Object]] = {
