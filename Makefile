@@ -9,7 +9,7 @@ E2E := $(if $(SMOKE),$(wildcard tests/e2e/test_1_*.py),tests/e2e)
 # The test cluster is a tool of this checkout, not a part of the distribution.
 export PYTHONPATH := $(CURDIR)/hack/testcluster
 
-.PHONY: help demo test lint unit integration e2e bench bench-trainer bench-few-shot bench-checkpoint images cluster cluster-down generate lock sbom clean
+.PHONY: help demo test lint unit integration faults e2e bench bench-trainer bench-few-shot bench-checkpoint bench-sweep images cluster cluster-down generate lock sbom clean
 
 help: ## this table
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ integration: $(VENV)/dev.stamp ## integration tests (the first run builds the Ku
 	$(BIN)/python -m testcluster binaries
 	$(BIN)/python -m pytest tests/integration --numprocesses 2 --dist loadfile
 
+faults: $(VENV)/dev.stamp ## every crash point of a sweep, and long random schedules (about an hour)
+	$(BIN)/python -m testcluster binaries
+	FAULTS=1 $(BIN)/python -m pytest tests/integration/test_sweeps.py --timeout 7200
+
 # The model comes before the sandbox, which has no way to a package index.
 # Only when it is said on the command line: a KUBECONFIG that happens to be set may be anybody's cluster.
 e2e: $(VENV)/dev.stamp ## a real node with real images, Helm and S3 (root; SMOKE=1: the short part); or KUBECONFIG=... for a cluster of yours
@@ -44,7 +48,7 @@ else
 	env -u KUBECONFIG $(BIN)/python -m testcluster.sandbox $(BIN)/python -m pytest $(E2E)
 endif
 
-bench: bench-trainer bench-few-shot bench-checkpoint ## every benchmark; each prints its table and writes build/bench/NAME.json
+bench: bench-trainer bench-few-shot bench-checkpoint bench-sweep ## every benchmark; each prints its table and writes build/bench/NAME.json
 
 bench-trainer: $(VENV)/dev.stamp ## the trainer's speed and quality beside Hugging Face's Trainer (about 30 minutes)
 	$(BIN)/python benchmarks/trainer.py
@@ -54,6 +58,9 @@ bench-few-shot: $(VENV)/demo.stamp ## what 8, 32 and 128 examples of each class 
 
 bench-checkpoint: $(VENV)/dev.stamp ## what a save costs training beside Hugging Face's Trainer, uploads beside boto3 (about 15 minutes)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/checkpoint.py
+
+bench-sweep: $(VENV)/dev.stamp ## the search engine beside Optuna and random search, on functions with known minima (about an hour)
+	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/sweep.py
 
 cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes with the operator: a real node as root, else (or with NODE=0) pods as processes
 	$(BIN)/python -m testcluster $(if $(filter 0,$(NODE)),up,up-node)

@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _predict_parser(commands)
     _evaluate_parser(commands)
     _checkpoints_parser(commands)
+    _sweep_parser(commands)
     crds = commands.add_parser("crds", help="print the CustomResourceDefinitions", description="Prints the CRDs as YAML.")
     crds.set_defaults(command=_crds)
     return parser
@@ -76,11 +77,12 @@ def _run_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "run",
         help="train what a manifest says, on this machine",
-        description="Runs a FineTuneJob's recipe on this machine with the trainer that the pod runs. Run again, it goes on from the last "
-        "checkpoint. What only a cluster knows (spec.trainer: image, env, resources) is not used; credentials come from AWS_*.",
+        description="Runs a FineTuneJob's recipe on this machine with the trainer that the pod runs, or the trials of a "
+        "HyperparameterSweep side by side. Run again, it goes on from the last checkpoint. What only "
+        "a cluster knows (spec.trainer: image, env, resources) is not used; credentials come from AWS_*.",
     )
     _manifest_options(parser)
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="scratch folder (default: .finetune/<name of the job>)")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="scratch folder (default: .finetune/<name>)")
     parser.add_argument(
         "--model-mirror",
         metavar="DIR",
@@ -95,7 +97,8 @@ def _validate_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "validate",
         help="check a manifest and its data without training",
-        description="Checks the manifest, reads the data as the trainer would, and counts it. Exit 0: fine; 2: something must change.",
+        description="Checks the manifest, reads the data as the trainer would, and counts it; of a sweep, shows what it will do. "
+        "Exit 0: fine; 2: something must change.",
     )
     _manifest_options(parser)
     _dataset_option(parser)
@@ -147,8 +150,42 @@ def _checkpoints_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
     parser.set_defaults(command=_checkpoints)
 
 
+def _sweep_parser(commands: "_Parsers[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("sweep", help="check or show a sweep", description="Looks at a sweep that runs or has run.")
+    what = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    again = what.add_parser(
+        "replay",
+        help="make all decisions of a sweep again",
+        description="Derives every trial's parameters and every verdict anew from what was known then, and compares. Reads only. "
+        "Exit 0: all come out as they were kept; 1: some do not.",
+    )
+    source = again.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "source", nargs="?", type=Path, metavar="FOLDER|FILE", help="folder of finetune run, or a history (sweep.json)"
+    )
+    source.add_argument("--name", metavar="NAME", help="HyperparameterSweep of the cluster that kubectl speaks to")
+    again.add_argument("-n", "--namespace", metavar="NAMESPACE", help="of --name (default: kubectl's)")
+    again.add_argument(
+        "--warm", type=Path, metavar="FOLDER|FILE", help="the sweep that warmStartFrom names (default: beside FOLDER)"
+    )
+    again.set_defaults(command=_sweep_replay)
+    shown = what.add_parser(
+        "report", help="write a sweep's report", description="Writes a page with all trials, to open in a browser."
+    )
+    shown.add_argument("source", type=Path, metavar="FOLDER|FILE", help="folder of finetune run, or a history (sweep.json)")
+    shown.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: report.html beside it)")
+    shown.set_defaults(command=_sweep_report)
+
+
 def _manifest_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    parser.add_argument("-f", "--file", type=Path, required=required, metavar="FILE", help="manifest with one FineTuneJob")
+    parser.add_argument(
+        "-f",
+        "--file",
+        type=Path,
+        required=required,
+        metavar="FILE",
+        help="manifest with one FineTuneJob or, for run and validate, one HyperparameterSweep",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -191,7 +228,12 @@ def _s3_option(parser: argparse.ArgumentParser) -> None:
 
 # ---------------------------------------------------------------------------------- the commands, loaded when they run ----
 def _run(options: argparse.Namespace) -> int:
-    from finetune_cli.run import run
+    from finetune_cli import inputs
+
+    if inputs.is_sweep(options.file):
+        from finetune_cli.sweep_run import run_sweep as run
+    else:
+        from finetune_cli.run import run
 
     return run(
         options.file,
@@ -250,10 +292,22 @@ def _checkpoints(options: argparse.Namespace) -> int:
     )
 
 
-def _crds(_: argparse.Namespace) -> int:
-    from finetune_api.crd import crd, to_yaml
+def _sweep_replay(options: argparse.Namespace) -> int:
+    from finetune_cli.sweep_replay import replay_sweep
 
-    sys.stdout.write(to_yaml(crd()))
+    return replay_sweep(options.source, options.name, options.namespace, options.warm)
+
+
+def _sweep_report(options: argparse.Namespace) -> int:
+    from finetune_cli.sweep_replay import report
+
+    return report(options.source, options.output)
+
+
+def _crds(_: argparse.Namespace) -> int:
+    from finetune_api.crd import crds, to_yaml
+
+    sys.stdout.write("---\n".join(to_yaml(document) for document in crds()))
     return 0
 
 

@@ -5,15 +5,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune_api import FineTuneJob
-from finetune_api.manifest import ManifestError, load_job_file
+from finetune_api import FineTuneJob, names
+from finetune_api.manifest import ManifestError, load_job_file, load_sweep, load_yaml, read_file
+from finetune_api.sweep import HyperparameterSweep
 from finetune_cli.errors import UserError
+
+
+def is_sweep(file: Path) -> bool:
+    """Whether the manifest is of a HyperparameterSweep, and of no FineTuneJob. Raises UserError where it is no YAML."""
+    with _told(file):
+        kinds = [doc.get("kind") for doc in load_yaml(read_file(file)) if isinstance(doc, dict)]
+    return names.KIND_SWEEP in kinds and names.KIND_JOB not in kinds
 
 
 def job(file: Path, overrides: list[str]) -> FineTuneJob:
     """The FineTuneJob of the manifest. Raises UserError that lists every problem."""
-    try:
+    with _told(file):
         return load_job_file(file, overrides)
+
+
+def sweep(file: Path, overrides: list[str]) -> HyperparameterSweep:
+    """The HyperparameterSweep of the manifest. Raises UserError that lists every problem."""
+    with _told(file):
+        return load_sweep(read_file(file), overrides)
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Tells the user what is wrong with the manifest."""
+    try:
+        yield
     except ManifestError as error:
         if len(error.problems) == 1:
             raise UserError(f"{file}: {error.problems[0]}") from error

@@ -16,11 +16,13 @@ from pydantic_core import core_schema
 
 from finetune_api.base import Cel, Model
 from finetune_api.finetunejob import ALWAYS_MUTABLE, MUTABLE_WHILE_SUSPENDED, FineTuneJob
-from finetune_api.names import GROUP, KIND_JOB, PLURAL_JOB, VERSION
+from finetune_api.names import GROUP, KIND_JOB, KIND_SWEEP, PLURAL_JOB, PLURAL_SWEEP, VERSION
+from finetune_api.sweep import MUTABLE, HyperparameterSweep
 
 Schema = dict[str, Any]
 
 CRD_NAME = f"{PLURAL_JOB}.{GROUP}"
+SWEEP_CRD_NAME = f"{PLURAL_SWEEP}.{GROUP}"
 HEADER = "# Generated from crds/finetune_api by `make generate`; do not edit.\n"
 
 PRINTER_COLUMNS: tuple[Schema, ...] = (
@@ -70,6 +72,38 @@ PRINTER_COLUMNS: tuple[Schema, ...] = (
     {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
 )
 SELECTABLE_FIELDS = (".spec.model.uri", ".status.state")
+
+SWEEP_PRINTER_COLUMNS: tuple[Schema, ...] = (
+    {"name": "State", "type": "string", "jsonPath": ".status.state", "description": "What the sweep does now."},
+    {"name": "Trials", "type": "string", "jsonPath": ".status.progress", "description": "Trials that have ended, of all."},
+    {"name": "Pruned", "type": "integer", "jsonPath": ".status.trials.pruned", "description": "Trials that were stopped early."},
+    {"name": "Best", "type": "string", "jsonPath": ".status.best.value", "description": "The best objective so far."},
+    {"name": "Best-Trial", "type": "string", "jsonPath": ".status.best.trial", "description": "The trial that has it."},
+    {
+        "name": "Failed",
+        "type": "string",
+        "priority": 1,
+        "jsonPath": '.status.conditions[?(@.type=="Failed")].reason',
+        "description": "Why the sweep failed.",
+    },
+    {"name": "GPU-s", "type": "integer", "priority": 1, "jsonPath": ".status.gpuSeconds", "description": "GPU-seconds so far."},
+    {
+        "name": "Algorithm",
+        "type": "string",
+        "priority": 1,
+        "jsonPath": ".status.plan.algorithm",
+        "description": "The search algorithm.",
+    },
+    {
+        "name": "Model",
+        "type": "string",
+        "priority": 1,
+        "jsonPath": ".status.result.modelUri",
+        "description": "The promoted model.",
+    },
+    {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+)
+SWEEP_SELECTABLE_FIELDS = (".status.state",)
 
 _TYPES = ("object", "array", "string", "integer", "number", "boolean")
 # Every key that a structural schema may carry and pydantic makes in the same meaning; any other key is an error.
@@ -128,7 +162,7 @@ def structural(node: Schema, defs: dict[str, Schema], path: str, seen: tuple[str
     kind = node.pop("type", None)
     if kind in _TYPES:
         out["type"] = kind
-    elif not node.get("x-kubernetes-int-or-string"):
+    elif not node.get("x-kubernetes-int-or-string") and not node.get("x-kubernetes-preserve-unknown-fields"):
         raise NotStructuralError(f"{path}: type {kind!r} is not one type; unions become optional sibling fields with a CEL rule")
     if "const" in node:
         out["enum"] = [node.pop("const")]
@@ -205,7 +239,7 @@ def immutability(spec: Schema) -> list[Cel]:
     return [_transition(name, spec) for name in spec["properties"] if name not in ALWAYS_MUTABLE]
 
 
-def _transition(name: str, spec: Schema) -> Cel:
+def _transition(name: str, spec: Schema, kind: str = KIND_JOB) -> Cel:
     field = spec["properties"][name]
     parts = [f"self.{name} == oldSelf.{name}"]
     # A set equals another one with the same members in another order; where order has a meaning, compare it as a list.
@@ -219,10 +253,10 @@ def _transition(name: str, spec: Schema) -> Cel:
     if name not in spec.get("required", ()) and "default" not in field:
         # An optional field could otherwise be added or removed: `==` runs only where both sides are there.
         same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || ({same}))"
-    if name in MUTABLE_WHILE_SUSPENDED:
+    if kind == KIND_JOB and name in MUTABLE_WHILE_SUSPENDED:
         rule = f"(self.suspend && oldSelf.suspend) || ({same})"
         return Cel(rule, f"spec.{name} may change only while spec.suspend is true before and after the edit", f".{name}")
-    return Cel(same, f"spec.{name} is immutable: create a new {KIND_JOB}", f".{name}")
+    return Cel(same, f"spec.{name} is immutable: create a new {kind}", f".{name}")
 
 
 def _sets(schema: Schema, path: str, optional: tuple[str, ...] = ()) -> list[tuple[str, tuple[str, ...]]]:
@@ -243,17 +277,32 @@ def structural_schema(model: type[Model]) -> Schema:
 
 def schema() -> Schema:
     """The structural schema of FineTuneJob."""
-    raw = FineTuneJob.model_json_schema(by_alias=True, mode="validation", schema_generator=_Generator)
+    out = _resource_schema(FineTuneJob, KIND_JOB)
+    spec = out["properties"]["spec"]
+    spec["x-kubernetes-validations"] += [_validation(rule) for rule in immutability(spec)]
+    return out
+
+
+def sweep_schema() -> Schema:
+    """The structural schema of HyperparameterSweep."""
+    out = _resource_schema(HyperparameterSweep, KIND_SWEEP)
+    spec = out["properties"]["spec"]
+    spec["x-kubernetes-validations"] += [
+        _validation(_transition(name, spec, kind=KIND_SWEEP)) for name in spec["properties"] if name not in MUTABLE
+    ]
+    return out
+
+
+def _resource_schema(model: type[Model], kind: str) -> Schema:
+    raw = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_Generator)
     defs = raw.pop("$defs")
     fields = raw["properties"]
     # These three are the API server's own: it has their schema and descriptions, and refuses ours of metadata.
     for name in _SERVERS:
         fields.pop(name)
     raw["required"] = ["spec"]
-    out = structural(raw, defs, KIND_JOB)
+    out = structural(raw, defs, kind)
     out["properties"] = {**{name: {"type": kind} for name, kind in _SERVERS.items()}, **out["properties"]}
-    spec = out["properties"]["spec"]
-    spec["x-kubernetes-validations"] += [_validation(rule) for rule in immutability(spec)]
     return out
 
 
@@ -262,19 +311,35 @@ _SERVERS = {"apiVersion": "string", "kind": "string", "metadata": "object"}
 
 def crd() -> Schema:
     """The CustomResourceDefinition of FineTuneJob."""
+    return _definition(KIND_JOB, PLURAL_JOB, "ftj", schema(), PRINTER_COLUMNS, SELECTABLE_FIELDS)
+
+
+def sweep_crd() -> Schema:
+    """The CustomResourceDefinition of HyperparameterSweep."""
+    return _definition(KIND_SWEEP, PLURAL_SWEEP, "hps", sweep_schema(), SWEEP_PRINTER_COLUMNS, SWEEP_SELECTABLE_FIELDS)
+
+
+def crds() -> tuple[Schema, ...]:
+    """All of them."""
+    return crd(), sweep_crd()
+
+
+def _definition(
+    kind: str, plural: str, short: str, root: Schema, columns: tuple[Schema, ...], selectable: tuple[str, ...]
+) -> Schema:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": CRD_NAME},
+        "metadata": {"name": f"{plural}.{GROUP}"},
         "spec": {
             "group": GROUP,
             "scope": "Namespaced",
             "names": {
-                "kind": KIND_JOB,
-                "listKind": f"{KIND_JOB}List",
-                "plural": PLURAL_JOB,
-                "singular": KIND_JOB.lower(),
-                "shortNames": ["ftj"],
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": plural,
+                "singular": kind.lower(),
+                "shortNames": [short],
                 "categories": ["finetune"],
             },
             "versions": [
@@ -283,9 +348,9 @@ def crd() -> Schema:
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},
-                    "selectableFields": [{"jsonPath": p} for p in SELECTABLE_FIELDS],
-                    "additionalPrinterColumns": [dict(c) for c in PRINTER_COLUMNS],
-                    "schema": {"openAPIV3Schema": schema()},
+                    "selectableFields": [{"jsonPath": p} for p in selectable],
+                    "additionalPrinterColumns": [dict(c) for c in columns],
+                    "schema": {"openAPIV3Schema": root},
                 }
             ],
         },
@@ -305,4 +370,4 @@ def to_yaml(document: Schema) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(to_yaml(crd()))
+    sys.stdout.write("---\n".join(to_yaml(document) for document in crds()))

@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_api.crd import Schema, crd, schema
+from finetune_api.crd import Schema, crd, schema, sweep_crd, sweep_schema
 from finetune_api.failures import DISRUPTIONS_IN_A_ROW, FAILURES
 from finetune_api.finetunejob import ALWAYS_MUTABLE, MUTABLE_WHILE_SUSPENDED
-from finetune_api.names import API_VERSION, KIND_JOB, MAX_NAME_LENGTH
+from finetune_api.names import API_VERSION, KIND_JOB, KIND_SWEEP, MAX_NAME_LENGTH, MAX_SWEEP_NAME_LENGTH
 from finetune_api.placement import Placement
 from finetune_api.recipe import Recipe
+from finetune_api.sweep import MUTABLE
 
 _GENERATED = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -->\n"
 
@@ -37,6 +38,40 @@ def resource_page() -> str:
         *_table({**spec, "properties": {n: spec["properties"][n] for n in order}}),
         "\n## Rules across fields\n",
         *(f"- `{path}`: {message}" for path, message in _rules(spec, "")),
+        "\n## status\n",
+        *_table(status),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def sweep_page() -> str:
+    """docs/reference/hyperparametersweep.md."""
+    root = sweep_schema()["properties"]
+    spec, status = root["spec"], root["status"]
+    names = sweep_crd()["spec"]["names"]
+    # The trial's template is a FineTuneJob, which has a page of its own.
+    template = dict(spec["properties"]["trialTemplate"]["properties"]["spec"])
+    template.pop("properties")
+    shown = {
+        **spec["properties"]["trialTemplate"],
+        "properties": {**spec["properties"]["trialTemplate"]["properties"], "spec": template},
+    }
+    fields = {**spec["properties"], "trialTemplate": shown}
+    rules = (rule for rule in _rules(spec, "") if not rule[0].startswith(".trialTemplate.spec."))
+    lines = [
+        _GENERATED,
+        f"# {KIND_SWEEP} ({API_VERSION})\n",
+        f"{sweep_schema()['description']} Short name `{names['shortNames'][0]}`, category `{names['categories'][0]}`.",
+        "`kubectl explain hyperparametersweep.spec` says the same. How it is used: [sweeps](../sweeps.md).\n",
+        f"The name has at most {MAX_SWEEP_NAME_LENGTH} characters: lower-case letters, digits and `-`, beginning with a letter.\n",
+        "## What may change\n",
+        f"- at any time: {_listed(MUTABLE)};",
+        f"- never: {_listed(n for n in spec['properties'] if n not in MUTABLE)}.\n",
+        "## spec\n",
+        "The fields of `trialTemplate.spec` are those of a [FineTuneJob](finetunejob.md).\n",
+        *_table({**spec, "properties": fields}),
+        "\n## Rules across fields\n",
+        *(f"- `{path or '.'}`: {message}" for path, message in rules),
         "\n## status\n",
         *_table(status),
     ]
@@ -85,13 +120,13 @@ def _fields(node: Schema, path: str) -> Iterator[tuple[str, Schema, bool]]:
         here = f"{path}.{name}" if path else name
         yield here, child, name in node.get("required", [])
         yield from _fields(child, here)
-        if child["type"] == "array":
+        if child.get("type") == "array":
             yield from _fields(child["items"], f"{here}[]")
 
 
 def _default(node: Schema) -> str:
     # The default of a struct follows from its fields, which have rows of their own.
-    return f"`{json.dumps(node['default'])}`" if "default" in node and node["type"] != "object" else ""
+    return f"`{json.dumps(node['default'])}`" if "default" in node and node.get("type") != "object" else ""
 
 
 def _type(node: Schema) -> str:
@@ -99,7 +134,7 @@ def _type(node: Schema) -> str:
         return " or ".join(f"`{v}`" for v in node["enum"])
     if node.get("x-kubernetes-int-or-string"):
         return "quantity"
-    kind: str = node["type"]
+    kind: str = node.get("type", "value")
     if kind == "array":
         once = ", each once" if node.get("x-kubernetes-list-type") == "set" else ""
         return f"list of {_type(node['items'])}{_count(node, 'Items', 'items')}{once}"
@@ -135,5 +170,5 @@ def _rules(node: Schema, path: str) -> Iterator[tuple[str, str]]:
     for name, child in node.get("properties", {}).items():
         here = f"{path}.{name}" if path else name
         yield from _rules(child, here)
-        if child["type"] == "array":
+        if child.get("type") == "array":
             yield from _rules(child["items"], f"{here}[]")

@@ -57,3 +57,6 @@ FAILURES: tuple[FailureClass, ...] = (
 
 BY_REASON = {f.reason: f for f in FAILURES}
 BY_EXIT_CODE = {f.exit_code: f for f in FAILURES if f.exit_code is not None}
+
+PARAMETERS_AT_FAULT = frozenset({"RecipeInvalid", "NonFiniteLoss", "CudaOutOfMemory", "OOMKilled", "UserCodeError"})
+"""What hyperparameters can cause: a sweep learns from such a trial that its parameters are bad, and from the others nothing."""

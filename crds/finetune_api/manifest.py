@@ -4,7 +4,6 @@ One loader for both hosts (kubeyaml.py), one set of models, and the API server's
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from pydantic import ValidationError
 
 from finetune_api.finetunejob import FineTuneJob
 from finetune_api.kubeyaml import KubeLoader
-from finetune_api.names import API_VERSION, KIND_JOB
+from finetune_api.names import API_VERSION, KIND_JOB, KIND_SWEEP
+from finetune_api.sentences import explain
+from finetune_api.sweep import HyperparameterSweep
 
 
 class ManifestError(ValueError):
@@ -34,23 +35,36 @@ def load_yaml(text: str) -> list[Any]:
 
 def load_job(text: str, overrides: list[str] | None = None) -> FineTuneJob:
     """The one FineTuneJob of a manifest, with `path=value` overrides (relative to spec) applied. Raises ManifestError."""
-    docs = [d for d in load_yaml(text) if isinstance(d, dict) and d.get("kind") == KIND_JOB]
+    return parse_job(_one(text, KIND_JOB, overrides or []))
+
+
+def load_sweep(text: str, overrides: list[str] | None = None) -> HyperparameterSweep:
+    """The same for the one HyperparameterSweep of a manifest."""
+    return parse_sweep(_one(text, KIND_SWEEP, overrides or []))
+
+
+def _one(text: str, kind: str, overrides: list[str]) -> dict[str, Any]:
+    docs = [d for d in load_yaml(text) if isinstance(d, dict) and d.get("kind") == kind]
     if len(docs) != 1:
-        raise ManifestError([f"the manifest must hold exactly one {KIND_JOB}; found {len(docs)}"])
-    doc = docs[0]
+        raise ManifestError([f"the manifest must hold exactly one {kind}; found {len(docs)}"])
+    doc: dict[str, Any] = docs[0]
     if doc.get("apiVersion") != API_VERSION:
         raise ManifestError([f"apiVersion: {doc.get('apiVersion')!r} is not allowed: must be {API_VERSION}"])
-    for override in overrides or []:
+    for override in overrides:
         _apply(doc, override)
-    return parse_job(doc)
+    return doc
 
 
 def load_job_file(path: Path, overrides: list[str] | None = None) -> FineTuneJob:
+    return load_job(read_file(path), overrides)
+
+
+def read_file(path: Path) -> str:
+    """The text of a manifest. Raises ManifestError where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError([f"{path}: cannot be read: {error}"]) from error
-    return load_job(text, overrides)
 
 
 def parse_job(doc: dict[str, Any]) -> FineTuneJob:
@@ -62,48 +76,12 @@ def parse_job(doc: dict[str, Any]) -> FineTuneJob:
         raise ManifestError(explain(error)) from error
 
 
-def explain(error: ValidationError) -> list[str]:
-    """One sentence per problem: field path, value, what is allowed."""
-    problems = []
-    for e in error.errors():
-        path = _path(e["loc"])
-        if e["type"] == "extra_forbidden":
-            problems.append(f"{path}: unknown field")
-        elif e["type"] == "missing":
-            problems.append(f"{path}: required, but not set")
-        elif e["type"] == "core_fields":
-            problems.append(f"{path}{'.' if path else ''}{e['msg']}")
-        elif e["type"] in ("each_once", "volume"):
-            # The input is a whole list or volume: the sentence says which part, and a value may be a secret.
-            problems.append(f"{path}: {e['msg']}")
-        elif e["type"] == "value_error":
-            problems.append(f"{path}{_join(path, str(e['ctx']['error']))}")
-        else:
-            said = e["msg"][0].lower() + e["msg"][1:]
-            if e["type"] == "string_type" and isinstance(e["input"], bool):
-                said += "; YAML reads yes, no, on, off, y and n as booleans: put the word in quotes"
-            problems.append(f"{path}: {_short(e['input'])} is not allowed: {said}")
-    return problems
-
-
-def _join(path: str, sentence: str) -> str:
-    # A model's own sentence begins with the field's name where it is about one field: `labels: each label ...`.
-    field, colon, rest = sentence.partition(": ")
-    if colon and re.fullmatch(r"[A-Za-z]+", field):
-        return f"{'.' if path else ''}{field}: {rest}"
-    return f": {sentence}"
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    out = ""
-    for part in loc:
-        out += f"[{part}]" if isinstance(part, int) else f"{'.' if out else ''}{part}"
-    return out
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def parse_sweep(doc: dict[str, Any]) -> HyperparameterSweep:
+    """The same for a HyperparameterSweep."""
+    try:
+        return HyperparameterSweep.model_validate_json(json.dumps(doc), strict=True)
+    except ValidationError as error:
+        raise ManifestError(explain(error)) from error
 
 
 def _apply(doc: dict[str, Any], override: str) -> None:

@@ -10,6 +10,8 @@ VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND_JOB = "FineTuneJob"
 PLURAL_JOB = "finetunejobs"
+KIND_SWEEP = "HyperparameterSweep"
+PLURAL_SWEEP = "hyperparametersweeps"
 
 MANAGER = "finetune-operator"
 """Value of app.kubernetes.io/managed-by on every child, and the field manager of our writes."""
@@ -17,6 +19,10 @@ MANAGER = "finetune-operator"
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_JOB = f"{GROUP}/job"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_SWEEP = f"{GROUP}/sweep"
+"""On every FineTuneJob of a sweep: its trials, and the repetitions of the best."""
+LABEL_ROLE = f"{GROUP}/role"
+"""trial, or repeat: one of the best trained again with another seed."""
 LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_PRIORITY = "kueue.x-k8s.io/priority-class"
 QUEUE_LABELS = (LABEL_QUEUE, LABEL_PRIORITY, "kueue.x-k8s.io/max-exec-time-seconds")
@@ -24,6 +30,11 @@ QUEUE_LABELS = (LABEL_QUEUE, LABEL_PRIORITY, "kueue.x-k8s.io/max-exec-time-secon
 
 ANNOTATION_PROGRESS_CA = f"{GROUP}/progress-ca"
 """PEM of the progress server's CA; the downward API projects it into a file of the pod."""
+
+ANNOTATION_TRIAL = f"{GROUP}/trial"
+"""On a trial: its number, its parameters, how they were chosen and what was known then, as JSON (domain/trials.py)."""
+ANNOTATION_RUNG = f"{GROUP}/rung-"
+"""With the rung's number of examples behind it: the verdict on the trial there, as JSON. Written once."""
 
 CONTAINER = "trainer"
 """Name of the training container in the pod."""
@@ -33,6 +44,9 @@ PROGRESS_AUDIENCE = "progress.finetune.dev"
 
 MAX_NAME_LENGTH = 52
 """`<name>-<attempt>` names a Job and `<name>-<attempt>-<index>-<random>` its pods: 63 characters in all."""
+
+MAX_SWEEP_NAME_LENGTH = 45
+"""A trial is <sweep>-t0007, a repetition <sweep>-r0007-1."""
 
 # --- environment of the trainer process (the same in the pod and under `finetune run`) -------------------------------
 ENV_JOB = "FINETUNE_JOB"
@@ -51,6 +65,12 @@ ENV_S3_ROOT = "FINETUNE_S3_ROOT"
 """A folder that stands in for the buckets: s3://bucket/key is DIR/bucket/key (`finetune run --s3-root`)."""
 ENV_S3_ADDRESSING = "AWS_S3_ADDRESSING_STYLE"
 """path (https://host/bucket), virtual (https://bucket.host) or auto. boto3 itself has this in its configuration file only."""
+ENV_SWEEP_HISTORY = "FINETUNE_SWEEP_HISTORY_"
+"""With a number from 0 behind it: a piece of a sweep's history, base64 of gzip of JSON, for the Job that closes the sweep."""
+ENV_SWEEP_HISTORY_URI = "FINETUNE_SWEEP_HISTORY_URI"
+"""Folder that receives HISTORY_FILE."""
+ENV_SWEEP_WINNER = "FINETUNE_SWEEP_WINNER"
+"""The winner's model; ENV_JOB then says how it is scored and where it goes."""
 ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"
 """File that receives the termination message; equals the container's terminationMessagePath."""
 
@@ -71,6 +91,8 @@ RESULT_FILE = "result.json"
 MODEL_DIR = "model"
 LOGS_DIR = "logs"
 CHECKPOINTS_DIR = "checkpoints"
+HISTORY_FILE = "sweep.json"
+"""Under a sweep's output: all its trials, for people and for the next sweep."""
 MODEL_CARD_FILE = "finetune.json"
 """Beside the model's weights: label map, maxLength, recipe digest; `finetune predict` applies it."""
 
@@ -85,6 +107,8 @@ class State(StrEnum):
     SUSPENDING = "Suspending"
     SUSPENDED = "Suspended"
     STOPPING = "Stopping"
+    PROMOTING = "Promoting"
+    """Of a sweep: the best are repeated, scored and copied."""
     COMPLETE = "Complete"
     FAILED = "Failed"
 
@@ -125,3 +149,14 @@ class Reason(StrEnum):
     NAME_CONFLICT = "NameConflict"
     CREATE_REFUSED = "CreateRefused"
     FINISHED = "Finished"
+    # Of a sweep; why it is Complete says Finish (search/types.py).
+    WAITING_FOR_TRIALS = "WaitingForTrials"
+    WARM_START_WAITING = "WarmStartWaiting"
+    TRIALS_RUNNING = "TrialsRunning"
+    REPEATING = "Repeating"
+    PROMOTING = "Promoting"
+    SWEEP_INVALID = "SweepInvalid"
+    METRIC_NOT_FOUND = "MetricNotFound"
+    TOO_MANY_FAILED = "TooManyFailed"
+    NO_RESULT = "NoResult"
+    PROMOTION_FAILED = "PromotionFailed"

@@ -215,6 +215,11 @@ class EvaluationPolicy(Model):
     """Evaluate after every so many epochs. Default 1, unless everySteps is set."""
     every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Evaluate after every so many optimizer steps (and at the end)."""
+    at_examples: Annotated[list[Annotated[int, Field(ge=1, le=2**53)]], Field(min_length=1, max_length=32), EachOnce()] | None = (
+        None
+    )
+    """Evaluate also at the first step after so many training examples. These evaluations are reported, and decide nothing: neither the
+    best model nor early stopping. A sweep's rungs are set here."""
     best_metric: Metric | None = None
     """Metric that selects the best model and drives early stopping. Default: macro_f1 for SequenceClassification, mse for Regression,
     f1 for TokenClassification, loss for CausalLM."""
@@ -260,7 +265,9 @@ class CheckpointPolicy(Model):
     """How many of the newest checkpoints are kept."""
     on_suspend: OnSuspend = OnSuspend.SAVE
     """What a suspension does first. Save: the trainer saves, within saveDeadlineSeconds. Discard: the pods get a second
-    or two, and what was not saved by then is done again after the resume. A stop, a drain and a preemption always save."""
+    or two, and what was not saved by then is done again after the resume. A drain and a preemption always save."""
+    on_stop: OnSuspend = OnSuspend.SAVE
+    """The same for `stop`. A sweep's trials have Discard: what is stopped for being bad need not be saved."""
     save_deadline_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
     """Time the trainer has to save when it is asked to end (suspend, stop, drain): the pod's termination grace period."""
 
@@ -340,8 +347,11 @@ class Recipe(Model):
         Fields with their default are left out: a later version that has more of them still knows its own.
         """
         parts = {"task", "model", "dataset", "hyperparameters", "evaluation"}
-        rounding = {"hyperparameters": Hyperparameters.rounding}
-        what = self.model_dump(mode="json", by_alias=True, include=parts, exclude=rounding, exclude_defaults=True)
+        # What only rounds otherwise, and what is only reported.
+        left_out = {"hyperparameters": Hyperparameters.rounding, "evaluation": {"at_examples"}}
+        what = self.model_dump(mode="json", by_alias=True, include=parts, exclude=left_out, exclude_defaults=True)
+        if not what.get("evaluation"):
+            what.pop("evaluation", None)  # nothing but what was left out
         what["dataset"]["validation"] = self.dataset.validation_file  # whether the default is written out or not
         return what
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline, make_union
 from threadpoolctl import threadpool_limits
 
+from finetune_api.manifest import load_yaml
 from finetune_trainer import metrics
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +31,7 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build/demo"
 BUCKET = BUILD / "s3/customer-feedback"
 MANIFEST = HERE / "finetunejob.yaml"
+SWEEP = HERE.parent / "few-shot/sweep.yaml"
 MODEL = BUCKET / "models/sentiment/model"
 FINETUNE = Path(sys.executable).parent / "finetune"
 LABELS = ["negative", "neutral", "positive"]
@@ -67,9 +70,18 @@ def main() -> int:
     finetune("predict", "--model", MODEL, *NEW_SENTENCES)
 
     result["seconds"] = round(time.monotonic() - began, 1)
-    (BUILD / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    say(f"Done in {result['seconds']:.0f} s: {BUILD / 'result.json'}")
+    write(result)
+
+    say(f"6. Fewer examples ({result['seconds']:.0f} s so far): a sweep beside the defaults, with 32 messages of each kind")
+    result["sweep"] = search(*places, "--model-mirror", mirror)
+    result["sweep"]["seconds"] = round(time.monotonic() - began - result["seconds"], 1)
+    write(result)
+    say(f"Done in {time.monotonic() - began:.0f} s: {BUILD / 'result.json'}")
     return 0
+
+
+def write(result: dict[str, Any]) -> None:
+    (BUILD / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def say(title: str) -> None:
@@ -87,19 +99,43 @@ def finetune(*arguments: str | Path, capture: bool = False) -> str:
     return done.stdout or ""
 
 
+# -------------------------------------------------------------------------------------------------------------- sweep ----
+def search(*places: str | Path) -> dict[str, Any]:
+    """Trains the sweep's template as it is, which is the defaults, then searches; both models on the test split."""
+    (sweep,) = load_yaml(SWEEP.read_text())
+    spec = sweep["spec"]["trialTemplate"]["spec"]
+    alone = {"apiVersion": sweep["apiVersion"], "kind": "FineTuneJob", "metadata": {"name": "few-shot-defaults"}}
+    alone["spec"] = {**spec, "output": {"storageUri": "s3://customer-feedback/models/few-shot-defaults"}}
+    manifest = BUILD / "few-shot-defaults.yaml"
+    manifest.write_text(yaml.safe_dump(alone))
+    finetune("run", "-f", manifest, *places, "--workdir", BUILD / "work-defaults")
+    shutil.rmtree(BUILD / "work-sweep", ignore_errors=True)
+    finetune("run", "-f", SWEEP, *places, "--workdir", BUILD / "work-sweep")
+
+    test = read("test")
+    truth = ids(row["label"] for row in test)
+    defaults, found = (predictions(BUCKET / "models" / name / "model") for name in ("few-shot-defaults", "few-shot-best"))
+    before, after = macro_f1(truth, defaults), macro_f1(truth, found)
+    samples = resamples(len(truth))
+    low, high = interval(np.array([macro_f1(truth[s], found[s]) - macro_f1(truth[s], defaults[s]) for s in samples]))
+    verdict = "the sweep found a better model" if after > before else "the sweep did not find a better model"
+    print(f"test macro-F1: defaults {before:.3f}, the sweep's best {after:.3f}: {verdict}")
+    print(f"({after - before:+.3f}, 95% interval {low:+.3f} to {high:+.3f}, paired, {RESAMPLES} resamples)")
+    return {"defaults_macro_f1": before, "macro_f1": after, "difference_interval": [low, high]}
+
+
 # ---------------------------------------------------------------------------------------------------------- baselines ----
 def compare() -> dict[str, Any]:
     """Scores of model and baselines on the test split, with intervals; prints them as a table."""
     train, test = read("train"), read("test")
-    truth = np.array([LABELS.index(row["label"]) for row in test])
-    predicted = json.loads(finetune("predict", "--model", MODEL, "--file", HERE / "data/test.csv", "-o", "json", capture=True))
+    truth = ids(row["label"] for row in test)
     majority = max(LABELS, key=[row["label"] for row in train].count)
     guesses = {
-        "fine-tuned MiniLM": ids(p["label"] for p in predicted),
+        "fine-tuned MiniLM": predictions(MODEL),
         "TF-IDF + logistic regression": ids(tfidf(train).predict([row["text"] for row in test])),
         f"always {majority!r}": ids([majority] * len(test)),
     }
-    samples = np.random.Generator(np.random.PCG64(0)).integers(0, len(truth), (RESAMPLES, len(truth)))
+    samples = resamples(len(truth))
     resampled = {name: np.array([macro_f1(truth[s], guess[s]) for s in samples]) for name, guess in guesses.items()}
     print(f"{'':30} accuracy  macro-F1  95% interval")
     for name, guess in guesses.items():
@@ -122,6 +158,16 @@ def compare() -> dict[str, Any]:
         "test_examples": len(test),
         "model_dir": str(MODEL),
     }
+
+
+def predictions(model: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
+    said = finetune("predict", "--model", model, "--file", HERE / "data/test.csv", "-o", "json", capture=True)
+    return ids(p["label"] for p in json.loads(said))
+
+
+def resamples(rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Row numbers of bootstrap samples, the same for all models: (RESAMPLES, rows)."""
+    return np.random.Generator(np.random.PCG64(0)).integers(0, rows, (RESAMPLES, rows))
 
 
 def read(split: str) -> list[dict[str, str]]:

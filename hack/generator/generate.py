@@ -12,27 +12,33 @@ import chart_docs
 import schedule_plots
 from finetune_api import crd, docs
 
-CRD_FILE = Path("crds") / f"{crd.CRD_NAME}.yaml"
 CHART = Path("charts/finetune-operator")
-CHART_FILE = CHART / "files/crds" / f"{crd.CRD_NAME}.yaml"
 
 
 def outputs(root: Path) -> dict[Path, str]:
     """Every generated file: path below the repository, and its text."""
-    plain = crd.crd()
-    # In the chart the CRD belongs to the release, so that an upgrade updates it; an uninstall must not take all jobs with it.
-    kept = {**plain, "metadata": {**plain["metadata"], "annotations": {"helm.sh/resource-policy": "keep"}}}
     schema = CHART / "values.schema.json"
     return {
-        CRD_FILE: crd.to_yaml(plain),
-        CHART_FILE: crd.to_yaml(kept),
+        **_definitions(),
         schema: chart_docs.values_schema((root / schema).read_text(encoding="utf-8")),
         Path("docs/reference/finetunejob.md"): docs.resource_page(),
+        Path("docs/reference/hyperparametersweep.md"): docs.sweep_page(),
         Path("docs/reference/failures.md"): docs.failures_page(),
         Path("docs/reference/values.md"): chart_docs.values_page((root / CHART / "values.yaml").read_text(encoding="utf-8")),
         Path("docs/reference/permissions.md"): chart_docs.permissions_page(),
         Path("docs/images/schedules.svg"): schedule_plots.svg(),
     }
+
+
+def _definitions() -> dict[Path, str]:
+    files = {}
+    for plain in crd.crds():
+        name = f"{plain['metadata']['name']}.yaml"
+        files[Path("crds") / name] = crd.to_yaml(plain)
+        # In the chart a CRD belongs to the release, so that an upgrade updates it; an uninstall must not take all jobs with it.
+        kept = {**plain, "metadata": {**plain["metadata"], "annotations": {"helm.sh/resource-policy": "keep"}}}
+        files[CHART / "files/crds" / name] = crd.to_yaml(kept)
+    return files
 
 
 def stale(root: Path) -> list[Path]:

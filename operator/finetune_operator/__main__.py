@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from finetune_api import JobDefaults
-from finetune_api.manifest import explain
+from finetune_api.sentences import explain
 from finetune_operator import __version__
 from finetune_operator.control import preflight
 from finetune_operator.control.app import Options, run

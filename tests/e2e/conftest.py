@@ -33,9 +33,9 @@ def jobs(installed: World) -> Iterator[Jobs]:
     name = installed.namespace("e2e-" + "".join(random.choices(string.ascii_lowercase, k=6)))
     yield Jobs(installed.cluster, name)
     # Shown where the test failed.
-    print(installed.kubectl("-n", name, "get", "ftj,jobs,pods", "-o", "wide", check=False).stdout)
+    print(installed.kubectl("-n", name, "get", "hps,ftj,jobs,pods", "-o", "wide", check=False).stdout)
     print(installed.kubectl("-n", name, "get", "events", check=False).stdout[-4000:])
-    print(installed.kubectl("-n", name, "get", "ftj", "-o", "yaml", check=False).stdout[-8000:])
+    print(installed.kubectl("-n", name, "get", "hps,ftj", "-o", "yaml", check=False).stdout[-8000:])
     installed.kubectl("delete", "namespace", name, "--wait=false", check=False)
 
 

@@ -15,6 +15,7 @@ ACCOUNT = f"system:serviceaccount:{SYSTEM}:{RELEASE}"
 UNUSED_BUT_JUSTIFIED = {
     # Asked by the admission of blockOwnerDeletion, not by the operator.
     ("update", "finetune.dev", "finetunejobs/finalizers"),
+    ("update", "finetune.dev", "hyperparametersweeps/finalizers"),
 }
 
 

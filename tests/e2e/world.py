@@ -127,7 +127,7 @@ class World:
                 client.upload_file(str(file), MODELS, f"tiny/{file.name}")
             for file in tiny_decoder(Path(folder) / "decoder").iterdir():
                 client.upload_file(str(file), MODELS, f"decoder/{file.name}")
-            for split, rows in (("train", 600), ("validation", 60)):
+            for split, rows in (("train", 600), ("validation", 60), ("test", 61)):
                 client.upload_file(str(write_split(Path(folder) / f"{split}.csv", rows, seed=rows)), DATA, f"tiny/{split}.csv")
                 client.upload_file(str(write_tasks(Path(folder) / f"{split}.jsonl", rows, rows)), DATA, f"tiny/{split}.jsonl")
         for file in (ROOT / "examples/customer-feedback/data").glob("*.csv"):

@@ -248,7 +248,7 @@ def test_every_value_has_a_schema_a_default_and_a_comment() -> None:
 def rules_of(objects: list[Object], namespace: str, watched: list[str]) -> dict[tuple[str, str, str], set[str]]:
     """(scope, group, resource) -> verbs that the operator's ServiceAccount has by the rendered roles."""
     granted: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    by_name = {p.resource: p.name for p in PERMISSIONS}
+    by_name = {p.resource: sorted(q.name for q in PERMISSIONS if q.resource == p.resource) for p in PERMISSIONS}
     cluster_wide = {"tokenreviews", "customresourcedefinitions"}
     for binding in (o for o in objects if o["kind"] in ("ClusterRoleBinding", "RoleBinding")):
         [subject] = binding["subjects"]
@@ -261,7 +261,7 @@ def rules_of(objects: list[Object], namespace: str, watched: list[str]) -> dict[
             for group in rule["apiGroups"]:
                 for resource in rule["resources"]:
                     if where is None and resource in cluster_wide:
-                        assert rule.get("resourceNames", [""]) == [by_name[resource]]
+                        assert sorted(rule.get("resourceNames", [""])) == by_name[resource]
                         scope = Scope.CLUSTER
                     elif "resourceNames" in rule:
                         assert where == namespace
@@ -321,6 +321,8 @@ def test_the_token_has_these_rights_and_no_others(cluster: Cluster, helm_binary:
         ("get", "configmaps"),
         ("update", "finetunejobs.finetune.dev"),
         ("delete", "finetunejobs.finetune.dev"),
+        ("create", "hyperparametersweeps.finetune.dev"),
+        ("patch", "hyperparametersweeps.finetune.dev"),
         ("patch", "jobs.batch"),
         ("list", "services"),
         ("delete", "services"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from support import warm
 from support.models import rows, tiny_classifier, write_split
 from testcluster import S3Server
 
@@ -26,7 +27,12 @@ Finetune = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def execute(*arguments: object, env: Mapping[str, str] | None = None, stdin: str = "") -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [FINETUNE, *map(str, arguments)], env={**QUIET, **(env or {})}, input=stdin, capture_output=True, text=True, timeout=400
+        [warm.python(), "-m", "finetune_cli", *map(str, arguments)],
+        env={**QUIET, **(env or {})},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
 
 
@@ -400,7 +406,9 @@ def test_a_missing_bucket_and_wrong_credentials(place: Place, s3: S3Server, tmp_
 def test_crds_are_the_ones_in_the_repository() -> None:
     done = execute("crds")
     assert done.returncode == 0
-    assert done.stdout == (Path(__file__).parents[2] / "crds/finetunejobs.finetune.dev.yaml").read_text()
+    files = sorted((Path(__file__).parents[2] / "crds").glob("*.yaml"))
+    assert len(files) == 2
+    assert done.stdout == "---\n".join(file.read_text() for file in files)
 
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:

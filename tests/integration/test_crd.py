@@ -200,7 +200,7 @@ def test_suspend_change_resume_is_three_edits(kube: Run) -> None:
         ("spec.dataset.labels", ["their order gives their ids"]),
         (
             "spec.checkpoint",
-            ["onSuspend", "A stop, a drain and a preemption always save.", "whenBusy", "everySeconds", "enum: Wait, Skip"],
+            ["onSuspend", "A drain and a preemption always save.", "whenBusy", "everySeconds", "enum: Wait, Skip"],
         ),
         ("spec.trainer.env", ["<[]Object>", "Environment variables"]),
         ("status.conditions", ["Running, Progressing, Checkpointed, Suspended, Complete and Failed"]),

@@ -323,8 +323,9 @@ def test_the_preflight_says_what_is_missing(cluster: Cluster, operator: Operator
             "properties"
         ]
         del trainer["serviceAccountName"], trainer["podTemplate"]["properties"]["spec"]["properties"]["affinity"]
-        empty.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(old))
-        empty.wait_for_crd(crd.CRD_NAME)
+        for definition in (old, crd.sweep_crd()):
+            empty.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(definition))
+            empty.wait_for_crd(definition["metadata"]["name"])
         outdated = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "The CRD finetunejobs.finetune.dev is not installed" in done.stderr

@@ -2,6 +2,7 @@
 roles. What it was refused stands in the audit log of a cluster of its own.
 """
 
+import json
 import ssl
 import urllib.error
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ from cryptography import x509
 from finetune_operator.control.tls import READ_FILES_SECONDS, make_ca, make_leaf
 from finetune_operator.kube.permissions import PERMISSIONS
 from integration.jobs import Jobs, Object, manifest, wait
+from integration.sweeps import METRIC, sweep
 from integration.test_operator_progress import Pod, percent, percentage
 from testcluster import Cluster, PodRunner, PodScript, audit, hang, succeed
 from testcluster.operator import Operator
 
 ACCOUNT = "system:serviceaccount:finetune-system:finetune-operator"
-ASKED_BY_ADMISSION = {("update", "finetune.dev", "finetunejobs/finalizers")}
+ASKED_BY_ADMISSION = {("update", "finetune.dev", f"{kind}/finalizers") for kind in ("finetunejobs", "hyperparametersweeps")}
 """Of the operator, when it sets blockOwnerDeletion; no request of its own."""
 
 
@@ -30,7 +32,7 @@ def cluster() -> Iterator[Cluster]:
 
 def script(pod: Object) -> PodScript:
     labels = pod["metadata"]["labels"]
-    again = labels["finetune.dev/job"] == "pair" and labels["finetune.dev/attempt"] != "1"
+    again = labels.get("finetune.dev/job") == "pair" and labels["finetune.dev/attempt"] != "1"
     return succeed() if again else hang()
 
 
@@ -48,7 +50,7 @@ def team(cluster: Cluster, name: str) -> Jobs:
 
 
 def life(jobs: Jobs, runner: PodRunner) -> None:
-    """Two jobs that need every right in their namespace: progress, a restart, a suspend that discards, several pods."""
+    """What needs every right in the namespace: progress, a restart, a suspend that discards, several pods, a sweep that outlives its time."""
     jobs.apply(manifest("train"), manifest("pair", trainer={"numNodes": 2}, checkpoint={"onSuspend": "Discard"}))
     first = Pod(jobs, "train-1")
     runner.wait_running(first.name)
@@ -65,6 +67,28 @@ def life(jobs: Jobs, runner: PodRunner) -> None:
     jobs.patch("pair", {"suspend": False})
     for name in ("train", "pair"):
         assert jobs.wait_state(name, "Complete")["attempt"] == 2
+    search(jobs, runner)
+
+
+def search(jobs: Jobs, runner: PodRunner) -> None:
+    """A sweep of one trial, suspended once, from its manifest to its deletion."""
+    jobs.apply(sweep("search", numTrials=1, ttlSecondsAfterFinished=0, pruneAlgorithm={"none": {}}))
+    runner.wait_running(jobs.wait_pod("search-t0000-1"))
+    for suspend in (True, False):
+        jobs.cluster.kubectl(
+            "-n", jobs.namespace, "patch", "hps", "search", "--type=merge", "-p", json.dumps({"spec": {"suspend": suspend}})
+        )
+        wait(lambda wanted=suspend: jobs.get("search-t0000")["spec"]["suspend"] == wanted, "the trial's suspend")  # type: ignore[misc]
+        if suspend:
+            jobs.wait_state("search-t0000", "Suspended")
+    trial = jobs.wait_pod("search-t0000-2")
+    runner.wait_running(trial)
+    result = {"modelUri": "s3://models/search/model", "metrics": [{"name": METRIC, "value": "0.7"}]}
+    runner.finish(trial, 0, json.dumps({"outcome": "Complete", "result": result}))
+    closing = jobs.wait_pod("search-closing")
+    runner.wait_running(closing)
+    runner.finish(closing)
+    wait(lambda: not jobs.list("hps"), "the deletion of the sweep")
 
 
 # --------------------------------------------------------------------------------------------------- watchNamespaces --

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from finetune_operator.control import watch
+from finetune_operator.control.loop import Key
 from finetune_operator.control.queue import WorkQueue
-from finetune_operator.control.worker import Key, Reconciler
+from finetune_operator.control.worker import Reconciler
 from finetune_operator.domain.types import Settings
 from finetune_operator.kube.aio import AioCluster, load_configuration
+from finetune_operator.kube.port import JOBS
 from finetune_operator.observe.metrics import Metrics
 from integration.chart import install
 from integration.jobs import PATIENCE, Jobs, manifest
@@ -36,9 +38,7 @@ async def reconciler(cluster: Cluster, namespace: str) -> AsyncIterator[Reconcil
 
 async def resync_once(reconciler: Reconciler, namespace: str) -> None:
     listed = asyncio.Event()
-    task = asyncio.create_task(
-        watch.resync(reconciler.cluster, [namespace], reconciler.queue, reconciler, 3600, listed), name="resync"
-    )
+    task = asyncio.create_task(watch.resync(reconciler.cluster, [namespace], [(JOBS, reconciler)], 3600, listed), name="resync")
     await asyncio.wait_for(listed.wait(), PATIENCE)
     task.cancel()
 

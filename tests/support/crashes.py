@@ -6,10 +6,13 @@ Processes are forked from the test's own, which has imported everything: a kill 
 import json
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.lineage import Lineage
@@ -46,6 +49,9 @@ def in_a_process(do: Callable[[], None]) -> int:
     """Forks; the exit code, negative for a signal."""
     if (pid := os.fork()) == 0:
         code = 1
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own is one semaphore of all forked processes: one that died with it held stops them all
         try:
             do()
             code = 0

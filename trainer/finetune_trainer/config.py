@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api import Recipe, names
-from finetune_api.manifest import explain
+from finetune_api.sentences import explain
 from finetune_trainer.errors import TrainingFailure
 
 

@@ -17,6 +17,7 @@ from finetune_trainer import adapters, config, model
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.evaluation import evaluate, outputs
 from finetune_trainer.tasks import BadRowError, Evaluated, Examples, TaskKind, kind_of
+from finetune_trainer.tasks.base import Predicting
 from finetune_trainer.tasks.completion import prompt_tokens
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Predictor:
             texts = [text.split() if isinstance(text, str) else text for text in texts]
         data = self.kind.encode(self._unlabelled(texts), self.tokenizer, self.card.dataset.max_length)
         scores = outputs(self.model, self.kind, data, self.tokenizer.pad_token_id, self.device)
+        assert isinstance(self.kind, Predicting)
         return self.kind.answer(scores, data, texts)
 
     def _unlabelled(self, texts: Sequence[Any]) -> Examples:

@@ -157,11 +157,12 @@ class Loop:
             due = state.step % policy.every_steps == 0
         else:
             due = state.batch == 0 and state.epoch % (policy.every_epochs or 1) == 0
-        improved = self._evaluate() if due or last else False
+        decides = due or last
+        improved = (decides or selection.at_a_rung(state, self.recipe)) and self._evaluate(decides=decides)
         if self.group.size == 1:
             self._ending = self.stopping.is_set()  # else all processes must have heard the same
         must = improved or self._ending
-        if self.saves.due(state.step, evaluated=due or last, by_the_clock=self._save_asked, must=must):
+        if self.saves.due(state.step, evaluated=decides, by_the_clock=self._save_asked, must=must):
             self._save()
         if self._ending:
             self.checkpoints.wait()
@@ -169,6 +170,7 @@ class Loop:
 
     def _save(self) -> None:
         self._read_loss()  # nothing is saved before its loss is known to be finite
+        self._save_asked = False  # the clock was looked at before this save
         self.saves.save(self.state, self.model, self.optimizer, self.gradient.scaler)
 
     def scores(self, model: "PreTrainedModel", data: Encoded) -> Evaluated:
@@ -180,13 +182,13 @@ class Loop:
         except torch.OutOfMemoryError as error:
             raise self.fit.failure(at_once if self.group.sharded else 1) from error
 
-    def _evaluate(self) -> bool:
-        """Scores the model on the validation data; whether it is the best so far."""
+    def _evaluate(self, *, decides: bool) -> bool:
+        """Scores the model on the validation data; whether it `decides` and is the best so far."""
         self._read_loss()
         scores = self.scores(self.model, self.validation_data)
         if not math.isfinite(scores.values["loss"]):
             raise TrainingFailure("NonFiniteLoss", f"the validation loss became {scores.values['loss']}: {self._advice}")
-        improved = selection.judge(self.state, self.recipe, scores)
+        improved = selection.judge(self.state, self.recipe, scores) if decides else selection.note(self.state, scores)
         if improved:
             self.state.best_checkpoint = self.checkpoints.best = self.checkpoints.name(self.state.step)
         self.on_evaluation(scores)

@@ -8,6 +8,8 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 from finetune_api import names
 from finetune_api.failures import BY_REASON
@@ -31,23 +33,32 @@ def _parse() -> None:
 def run(stopping: threading.Event) -> int:
     """Runs and reports; the exit code. `stopping` is set by a signal, at any time."""
     _parse()
+    current: list[Run] = []
+
+    def train() -> EndReport:
+        recipe, runtime = config.load()
+        runtime.workdir.mkdir(parents=True, exist_ok=True)
+        current.append(Run(recipe, runtime, stopping))
+        return current[0]()
+
+    return told(train, lambda: current[0].facts if current else {})
+
+
+def told(work: Callable[[], EndReport], facts: Callable[[], dict[str, Any]] = dict) -> int:
+    """Does the work and tells how it ended, with the facts that are known by then; the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     runtime = config.load_runtime()
-    current: Run | None = None
     try:
-        recipe, runtime = config.load()
-        runtime.workdir.mkdir(parents=True, exist_ok=True)
-        current = Run(recipe, runtime, stopping)
-        end = current()
+        end = work()
     except TrainingFailure as failure:
         interrupted = failure.failure.reason == "Interrupted"
         end = EndReport(
             outcome=Outcome.INTERRUPTED if interrupted else Outcome.FAILED,
             reason=failure.failure.reason,
             message=failure.message,
-            **(current.facts if current else {}),
+            **facts(),
         )
     except Exception as error:  # noqa: BLE001  (the last line of defence: told to the operator, and the traceback to the log)
         traceback.print_exc()

@@ -100,7 +100,7 @@ class Run:
             raise TrainingFailure("OutputExists", f"{self._result_uri()} is not a result of this trainer; {_OTHER}") from error
         if result.recipe_digest == self.recipe.digest():
             self.console.line(f"{self._result_uri()} is the result of this recipe already: nothing to train")
-            return EndReport(outcome=Outcome.ALREADY_COMPLETED, result=result.result)
+            return EndReport(outcome=Outcome.ALREADY_COMPLETED, result=result.result, evaluations=thin(result.evaluations))
         if self.recipe.output.overwrite:
             return None
         if self._same_but_length(result):

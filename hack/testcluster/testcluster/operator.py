@@ -81,8 +81,9 @@ class Operator:
         objects = [o for o in rendered if o["kind"] not in ("Deployment", "Certificate")]
         crds = [o for o in objects if o["kind"] == "CustomResourceDefinition"]
         rest = [o for o in objects if o["kind"] != "CustomResourceDefinition"]
-        self.cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(crds))
-        self.cluster.wait_for_crd("finetunejobs.finetune.dev")
+        self.cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=yaml.safe_dump_all(crds))
+        for crd in crds:
+            self.cluster.wait_for_crd(str(crd["metadata"]["name"]))  # type: ignore[index]
         self.cluster.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(rest))
         account = next(str(o["metadata"]["name"]) for o in objects if o["kind"] == "ServiceAccount")  # type: ignore[index]
         self.secret = next((str(o["metadata"]["name"]) for o in objects if o["kind"] == "Secret"), "")  # type: ignore[index]

@@ -16,15 +16,18 @@ from kubernetes.aio.client import Configuration
 
 from finetune_api import JobDefaults
 from finetune_operator.control import http, preflight, tls, watch
+from finetune_operator.control.loop import Key, run_workers
 from finetune_operator.control.progress import ProgressServer
 from finetune_operator.control.queue import WorkQueue
 from finetune_operator.control.standby import Forwarder
-from finetune_operator.control.worker import Key, Reconciler, run_workers
+from finetune_operator.control.sweeps import SweepReconciler
+from finetune_operator.control.worker import Reconciler
 from finetune_operator.domain.election import Candidate
 from finetune_operator.domain.types import Settings
 from finetune_operator.kube import port
 from finetune_operator.kube.aio import AioCluster, load_configuration
 from finetune_operator.kube.lease import Alone, Elector, Leadership
+from finetune_operator.kube.port import JOBS, SWEEPS
 from finetune_operator.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STOP_SECONDS = 3.0
+SWEEP_WORKERS = 2
+"""Decisions about sweeps are made in threads, and share Python's lock with everything else."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ async def run(options: Options) -> None:
         )
         queue: WorkQueue[Key] = WorkQueue(metrics)
         reconciler = Reconciler(cluster, settings, queue, metrics)
+        sweeps = SweepReconciler(cluster, settings, WorkQueue(metrics), metrics)
         listed = asyncio.Event()
         forwarder = Forwarder(leadership, identity.ca, host, metrics)
         progress = ProgressServer(cluster, reconciler, queue, metrics).app(forwarder.middleware)
@@ -104,7 +110,7 @@ async def run(options: Options) -> None:
             _serve(http.build_app(metrics, reconciler, queue, listed, leadership), options.metrics_bind),
             _serve(progress, options.progress_bind, identity.context),
         ):
-            await _until_stopped(options, queue, reconciler, configuration, listed, leadership, stop)
+            await _until_stopped(options, reconciler, sweeps, configuration, listed, leadership, stop)
     finally:
         await asyncio.gather(cluster.close(), unfenced.close())
 
@@ -152,8 +158,8 @@ class _serve:  # noqa: N801  (used as a function: `async with _serve(app, addres
 
 async def _until_stopped(
     options: Options,
-    queue: WorkQueue[Key],
     reconciler: Reconciler,
+    sweeps: SweepReconciler,
     configuration: Configuration,
     listed: asyncio.Event,
     leadership: Leadership,
@@ -164,7 +170,7 @@ async def _until_stopped(
         await _unless_stopped(stop, leadership.acquire())
         if not stop.is_set():
             log.info("ready: watching %s with %d workers", ", ".join(options.namespaces) or "all namespaces", options.workers)
-            await _lead(options, queue, reconciler, configuration, listed, leadership, stop)
+            await _lead(options, reconciler, sweeps, configuration, listed, leadership, stop)
     finally:
         await leadership.release()
     log.info("stopped")
@@ -182,8 +188,8 @@ async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> 
 
 async def _lead(
     options: Options,
-    queue: WorkQueue[Key],
     reconciler: Reconciler,
+    sweeps: SweepReconciler,
     configuration: Configuration,
     listed: asyncio.Event,
     leadership: Leadership,
@@ -191,14 +197,16 @@ async def _lead(
 ) -> None:
     # Tasks that exist before kopf starts are left alone when it ends.
     workers = asyncio.create_task(run_workers(reconciler, options.workers), name="workers")
-    listing = watch.resync(reconciler.cluster, options.namespaces, queue, reconciler, options.resync_seconds, listed)
+    searching = asyncio.create_task(run_workers(sweeps, SWEEP_WORKERS), name="sweep workers")
+    kinds = ((JOBS, reconciler), (SWEEPS, sweeps))
+    listing = watch.resync(reconciler.cluster, options.namespaces, kinds, options.resync_seconds, listed)
     resync = asyncio.create_task(listing, name="resync")
     lease = asyncio.create_task(leadership.keep(), name="lease")
     stopping = asyncio.create_task(stop.wait(), name="stopping")
     ready = asyncio.Event()
     watching = asyncio.create_task(
         kopf.operator(
-            registry=watch.build_registry(queue, reconciler, configuration),
+            registry=watch.build_registry(reconciler, sweeps, configuration),
             settings=watch.build_settings(),
             clusterwide=not options.namespaces,
             namespaces=options.namespaces,
@@ -211,14 +219,15 @@ async def _lead(
         name="watching",
     )
     signals = asyncio.create_task(_take_signals_back(ready, stop), name="signals")
-    parts: set[asyncio.Task[Any]] = {workers, resync, lease, stopping, watching}
+    parts: set[asyncio.Task[Any]] = {workers, searching, resync, lease, stopping, watching}
     done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     stop.set()
     asyncio.get_running_loop().set_exception_handler(_on_loop_error)
-    queue.close()
+    reconciler.queue.close()
+    sweeps.queue.close()
     for part in (resync, signals):
         part.cancel()
-    _, late = await asyncio.wait({workers, watching, resync, signals}, timeout=STOP_SECONDS)
+    _, late = await asyncio.wait({workers, searching, watching, resync, signals}, timeout=STOP_SECONDS)
     # To the last write the lease is renewed.
     for part in (*late, lease):
         part.cancel()

@@ -5,8 +5,9 @@ import time
 
 from aiohttp import web
 
+from finetune_operator.control.loop import Key
 from finetune_operator.control.queue import WorkQueue
-from finetune_operator.control.worker import Key, Reconciler
+from finetune_operator.control.worker import Reconciler
 from finetune_operator.kube.lease import Leadership
 from finetune_operator.observe.metrics import Metrics
 

@@ -5,7 +5,7 @@ import asyncio
 from finetune_api import crd, names
 from finetune_operator.kube import port
 from finetune_operator.kube.permissions import PERMISSIONS, Permission, Scope
-from finetune_operator.kube.port import JOBS, Cluster
+from finetune_operator.kube.port import JOBS, SWEEPS, Cluster
 
 
 class NotReady(Exception):  # noqa: N818
@@ -18,17 +18,17 @@ async def check(cluster: Cluster, namespaces: list[str], own_namespace: str, own
         await cluster.discover("/version")
         await _crd(cluster)
         missing = await _missing_rights(cluster, namespaces, own_namespace, own_objects)
-        unknown = [] if missing else await _unknown_fields(cluster)
+        unknown = {} if missing else await _unknown_fields(cluster)
     except port.ApiError as error:
         raise NotReady(f"The API server at hand cannot be used: {error.message}") from error
     if missing:
         raise NotReady(
             f"The operator's account lacks rights: {'; '.join(missing)}. Install the chart's roles (helm upgrade --install) and start again."
         )
-    if unknown:
-        listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+    for name, fields in unknown.items():
+        listed = ", ".join(fields[:5]) + (f" and {len(fields) - 5} more" if len(fields) > 5 else "")
         raise NotReady(
-            f"The CRD {crd.CRD_NAME} is older than this operator: it does not know {listed}, and would drop them without a word. "
+            f"The CRD {name} is older than this operator: it does not know {listed}, and would drop them without a word. "
             "Upgrade it (helm upgrade with crds.install=true, or kubectl apply -f crds/) and start again."
         )
 
@@ -40,15 +40,26 @@ async def _crd(cluster: Cluster) -> None:
     except port.NotFound as error:
         raise NotReady(f"The CRD {JOBS.plural}.{names.GROUP} is not installed: {install}") from error
     plurals = {r["name"] for r in served.get("resources", [])}
-    if not {JOBS.plural, f"{JOBS.plural}/status"} <= plurals:
-        raise NotReady(f"The CRD {JOBS.plural}.{names.GROUP} does not serve {JOBS.version} with a status: {install}")
+    for resource in (JOBS, SWEEPS):
+        if not {resource.plural, f"{resource.plural}/status"} <= plurals:
+            raise NotReady(f"The CRD {resource.plural}.{names.GROUP} does not serve {resource.version} with a status: {install}")
 
 
-async def _unknown_fields(cluster: Cluster) -> list[str]:
-    """Fields of our schema that the one in the cluster lacks; the other way round (a newer CRD) does no harm."""
-    served = await cluster.discover(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd.CRD_NAME}")
-    schema = next(v["schema"]["openAPIV3Schema"] for v in served["spec"]["versions"] if v["name"] == JOBS.version)
-    return sorted(_paths(crd.schema()) - _paths(schema))
+async def _unknown_fields(cluster: Cluster) -> dict[str, list[str]]:
+    """By CRD the fields of our schema that the one in the cluster lacks; the other way round (a newer CRD) does no harm."""
+    found = {}
+    for ours in crd.crds():
+        name = ours["metadata"]["name"]
+        served = await cluster.discover(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}")
+        if missing := sorted(_paths(_schema(ours)) - _paths(_schema(served))):
+            found[name] = missing
+    return found
+
+
+def _schema(definition: port.Object) -> port.Object:
+    version = next(v for v in definition["spec"]["versions"] if v["name"] == JOBS.version)
+    schema: port.Object = version["schema"]["openAPIV3Schema"]
+    return schema
 
 
 def _paths(schema: port.Object, path: str = "") -> set[str]:

@@ -18,10 +18,11 @@ from aiohttp.typedefs import Middleware
 from pydantic import ValidationError
 
 from finetune_api import names
-from finetune_api.manifest import explain
 from finetune_api.report import MAX_PROGRESS_BYTES, ProgressReport
+from finetune_api.sentences import explain
+from finetune_operator.control.loop import Key
 from finetune_operator.control.queue import WorkQueue
-from finetune_operator.control.worker import Key, Reconciler
+from finetune_operator.control.worker import Reconciler
 from finetune_operator.domain.child import child_name, owned_by
 from finetune_operator.domain.status import recorded_uid
 from finetune_operator.domain.types import Object, Progress

@@ -6,20 +6,32 @@ Only `on.event` handlers, so that kopf writes nothing to any object: no finalize
 import asyncio
 import logging
 import random
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import kopf
 from kubernetes.aio.client import Configuration
 
 from finetune_api import names
+from finetune_operator.control.loop import Key
 from finetune_operator.control.queue import WorkQueue
-from finetune_operator.control.worker import Key, Reconciler
-from finetune_operator.kube.port import JOBS, ApiError, Cluster
+from finetune_operator.control.sweeps import SweepReconciler
+from finetune_operator.control.worker import Reconciler
+from finetune_operator.kube.port import ApiError, Cluster, Resource
 
 log = logging.getLogger(__name__)
 
 OURS = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
+
+
+class Remembers(Protocol):
+    """What a resync asks of the reconciler of a kind."""
+
+    queue: WorkQueue[Key]
+    finished: set[Key]
+
+    def known(self) -> set[Key]: ...
+    def forget(self, key: Key) -> None: ...
 
 
 class _Backoffs:
@@ -32,7 +44,7 @@ class _Backoffs:
             delay = min(30.0, delay * 2)
 
 
-def build_registry(queue: WorkQueue[Key], reconciler: Reconciler, configuration: Configuration) -> kopf.OperatorRegistry:
+def build_registry(reconciler: Reconciler, sweeps: SweepReconciler, configuration: Configuration) -> kopf.OperatorRegistry:
     """The handlers, in a registry of their own: no globals, many operators per process."""
     registry = kopf.OperatorRegistry()
 
@@ -51,14 +63,25 @@ def build_registry(queue: WorkQueue[Key], reconciler: Reconciler, configuration:
         )
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL_JOB, registry=registry)
-    async def job_event(namespace: str | None, name: str | None, **_: Any) -> None:
-        queue.add((str(namespace), str(name)))
+    async def job_event(namespace: str | None, name: str | None, labels: Mapping[str, str], type: str | None, **_: Any) -> None:
+        reconciler.queue.add((str(namespace), str(name)))
+        if sweep := labels.get(names.LABEL_SWEEP):
+            key = (str(namespace), sweep)
+            if type == "DELETED":
+                sweeps.relist(key)  # of a trial that has ended nothing is read again, unless it is gone
+            sweeps.touch(key, str(name))
+
+    @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL_SWEEP, registry=registry)
+    async def sweep_event(namespace: str | None, name: str | None, **_: Any) -> None:
+        sweeps.queue.add((str(namespace), str(name)))
 
     async def child_event(namespace: str | None, labels: Mapping[str, str], **_: Any) -> None:
         owner = labels.get(names.LABEL_JOB)
         key = (str(namespace), str(owner))
         if owner and key not in reconciler.finished:
-            queue.add(key)
+            reconciler.queue.add(key)
+        elif not owner and (sweep := labels.get(names.LABEL_SWEEP)):  # the Job that closes a sweep
+            sweeps.touch((str(namespace), sweep), "")
 
     kopf.on.event("batch", "v1", "jobs", registry=registry, labels={names.LABEL_MANAGED_BY: names.MANAGER})(child_event)
     kopf.on.event("", "v1", "pods", registry=registry, labels={names.LABEL_MANAGED_BY: names.MANAGER})(child_event)
@@ -88,25 +111,30 @@ def build_settings() -> kopf.OperatorSettings:
 
 
 async def resync(
-    cluster: Cluster, namespaces: list[str], queue: WorkQueue[Key], reconciler: Reconciler, seconds: float, listed: asyncio.Event
+    cluster: Cluster, namespaces: list[str], kinds: Sequence[tuple[Resource, Remembers]], seconds: float, listed: asyncio.Event
 ) -> None:
     """Lists all resources at the start and then every so often (with jitter): catches what a watch missed, forgets what is gone."""
-    places: list[str | None] = [*namespaces] or [None]
     while True:
         try:
-            # Taken first: what is made while the list is read must not look as if it were gone.
-            known, seen = reconciler.known(), set[Key]()
-            for namespace in places:
-                async for job in cluster.list(JOBS, namespace):
-                    key = (job["metadata"]["namespace"], job["metadata"]["name"])
-                    seen.add(key)
-                    if key not in reconciler.finished:
-                        queue.add(key)
-            for key in known - seen:
-                reconciler.forget(key)
+            for resource, reconciler in kinds:
+                await _resync(cluster, namespaces, resource, reconciler)
             listed.set()
             pause = seconds * random.uniform(0.8, 1.2)
         except ApiError as error:
             log.warning("resync: %s; trying again", error)
             pause = random.uniform(1, 10)
         await asyncio.sleep(pause)
+
+
+async def _resync(cluster: Cluster, namespaces: list[str], resource: Resource, reconciler: Remembers) -> None:
+    # Taken first: what is made while the list is read must not look as if it were gone.
+    known, seen = reconciler.known(), set[Key]()
+    places: list[str | None] = [*namespaces] or [None]
+    for namespace in places:
+        async for found in cluster.list(resource, namespace):
+            key = (found["metadata"]["namespace"], found["metadata"]["name"])
+            seen.add(key)
+            if key not in reconciler.finished:
+                reconciler.queue.add(key)
+    for key in known - seen:
+        reconciler.forget(key)

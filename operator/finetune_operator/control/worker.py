@@ -1,80 +1,45 @@
 """The reconcile: observe (live reads) -> decide (pure) -> apply (idempotent) -> one status write.
 
-Whatever happens in between, the key comes back: after an event, after a conflict, after a backoff, at the resync.
+The loop around it is in loop.py.
 """
 
-import asyncio
-import hashlib
 import logging
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from finetune_api import names
-from finetune_operator.control.queue import ShutDown, WorkQueue
+from finetune_operator.control.events import tell
+from finetune_operator.control.loop import Key, KeyLoop
+from finetune_operator.control.queue import WorkQueue
 from finetune_operator.domain.child import child_name, owned_by
 from finetune_operator.domain.decide import KILL_SECONDS, decide
 from finetune_operator.domain.outcome import true_condition
-from finetune_operator.domain.status import find_condition, is_finished, is_true, only_progress_differs, stamp, unsaved_since
+from finetune_operator.domain.status import find_condition, is_finished, is_true, only_progress_differs, unsaved_since
 from finetune_operator.domain.types import CreateJob, Decision, DeleteJob, EndPod, Event, Object, Observed, Progress, Settings
 from finetune_operator.kube import port
-from finetune_operator.kube.port import CHILDREN, EVENTS, JOBS, PODS, SERVICES, Cluster, Resource, merge_patch
+from finetune_operator.kube.port import CHILDREN, JOBS, PODS, SERVICES, Cluster, Resource, merge_patch
 from finetune_operator.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, str]
-"""Namespace and name of a FineTuneJob."""
-
 PROGRESS_WRITE_SECONDS = 10.0
 
 
-class Reconciler:
-    """Works on one key at a time; many run side by side on different keys."""
+class Reconciler(KeyLoop):
+    """Of FineTuneJobs."""
+
+    kind = names.KIND_JOB
 
     def __init__(self, cluster: Cluster, settings: Settings, queue: WorkQueue[Key], metrics: Metrics) -> None:
+        super().__init__(queue, metrics, metrics.reconcile_seconds)
         self.cluster = cluster
         self.settings = settings
-        self.queue = queue
-        self.metrics = metrics
         self.progress: dict[Key, Progress] = {}
         """Newest report per resource, filled by the progress server."""
-        self.finished: set[Key] = set()
-        """Resources that are Complete or Failed: events of their children need no read."""
-        self.heartbeat = time.monotonic()
         self._written: dict[Key, float] = {}
         self._uids: dict[Key, str] = {}
         """Which object a key stood for when it was last read: what is remembered is of that one."""
-
-    async def work(self) -> None:
-        """Until the queue is closed."""
-        while True:
-            try:
-                key = await self.queue.get()
-            except ShutDown:
-                return
-            self.heartbeat = time.monotonic()
-            try:
-                await self._one(key)
-            finally:
-                self.queue.done(key)
-
-    async def _one(self, key: Key) -> None:
-        with self.metrics.reconcile_seconds.time():
-            try:
-                await self.reconcile(key)
-            except port.Conflict:
-                self.queue.retry(key)  # somebody wrote in between: look again
-            except port.ApiError as error:
-                log.warning("%s/%s: %s; trying again", *key, error)
-                self.metrics.reconcile_errors.labels(error.reason).inc()
-                self.queue.retry(key, at_least=error.retry_after or 0.0)
-            except Exception as error:
-                log.exception("%s/%s: unexpected error", *key)
-                self.metrics.reconcile_errors.labels(type(error).__name__).inc()
-                self.queue.retry(key, at_least=1.0)
-            else:
-                self.queue.forget(key)
 
     async def reconcile(self, key: Key) -> None:
         """Once. Raises ApiError."""
@@ -183,38 +148,7 @@ class Reconciler:
             pass  # gone already
 
     async def _tell(self, job: Object, event: Event) -> None:
-        meta = job["metadata"]
-        attempt = (job.get("status") or {}).get("attempt", 0)
-        digest = hashlib.sha256(f"{meta['uid']}/{attempt}/{event.reason}/{event.message}".encode()).hexdigest()[:16]
-        now = stamp(datetime.now(UTC))
-        body = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": f"{meta['name']}.{digest}", "namespace": meta["namespace"]},
-            "involvedObject": {
-                "apiVersion": names.API_VERSION,
-                "kind": names.KIND_JOB,
-                "name": meta["name"],
-                "namespace": meta["namespace"],
-                "uid": meta["uid"],
-            },
-            "type": event.type,
-            "reason": event.reason,
-            "message": event.message[:1024],
-            "source": {"component": names.MANAGER},
-            "reportingComponent": names.MANAGER,
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
-        try:
-            await self.cluster.create(EVENTS, meta["namespace"], body)
-        except port.AlreadyExists:
-            pass  # told before: the name is made from what is said
-        except port.ApiError as error:
-            # An event is for people's convenience; the condition says the same. It must not hold up the job.
-            log.warning("%s/%s: event %s was not recorded: %s", meta["namespace"], meta["name"], event.reason, error)
-            self.metrics.reconcile_errors.labels("EventNotRecorded").inc()
+        await tell(self.cluster, self.metrics, job, event)
 
     # ------------------------------------------------------------------------------------------------------- write -----
     async def _write(self, key: Key, job: Object, decision: Decision) -> None:
@@ -259,10 +193,3 @@ class Reconciler:
             reason = (find_condition(new, outcome) or {}).get("reason", "")
             self.metrics.finished.labels(key[0], outcome, reason).inc()
             log.info("%s/%s: %s (%s)", *key, outcome, reason)
-
-
-async def run_workers(reconciler: Reconciler, count: int) -> None:
-    """So many workers, until the queue is closed; a worker that dies takes all down."""
-    async with asyncio.TaskGroup() as group:
-        for _ in range(count):
-            group.create_task(reconciler.work())

@@ -337,7 +337,8 @@ class _Reconcile:
             self._count_pods(child, self._pods_of(child))
             # Also when it ended already: what is wound down leaves nothing that the next attempt could stumble over.
             self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
-        if not stop and self.job.spec.checkpoint.on_suspend is OnSuspend.DISCARD:
+        policy = self.job.spec.checkpoint
+        if (policy.on_stop if stop else policy.on_suspend) is OnSuspend.DISCARD:
             self._discard(child)
         if child is not None or self._alive():
             state, reason = (State.STOPPING, Reason.STOPPING) if stop else (State.SUSPENDING, Reason.SUSPENDING)

@@ -68,35 +68,16 @@ def _without_progress(status: Object) -> Object:
     return rest
 
 
-class StatusDraft:
-    """The status being computed."""
+class Conditions:
+    """A status being computed: what all kinds have in common. Conditions that nobody sets are as given at the start."""
 
-    def __init__(self, old: Object, generation: int, now: datetime) -> None:
+    def __init__(self, old: Object, generation: int, now: datetime, conditions: dict[str, tuple[str, str, str]]) -> None:
         self.old = old
         self.now = now
         self.generation = generation
-        self.saving: Saving | None = None
         self.new: Object = copy.deepcopy(old)
         self.new["observedGeneration"] = generation
-        for name in (
-            "activeSeconds",
-            "gpuSeconds",
-            "attempt",
-            "restarts",
-            "restartsCountTowardsMax",
-            "lostWorkSeconds",
-            "disruptionsInARow",
-        ):
-            self.new.setdefault(name, 0)
-        resumed = (find_condition(old, Condition.SUSPENDED) or {}).get("reason") == Reason.RESUMED
-        self._conditions: dict[str, tuple[str, str, str]] = {
-            Condition.RUNNING: ("False", Reason.WAITING_FOR_PODS, ""),
-            Condition.PROGRESSING: ("False", Reason.NOT_RUNNING, ""),
-            Condition.CHECKPOINTED: ("False", Reason.NO_CHECKPOINT_YET, ""),
-            Condition.SUSPENDED: ("False", Reason.RESUMED if resumed else Reason.NOT_SUSPENDED, ""),
-            Condition.COMPLETE: ("False", Reason.NOT_FINISHED, ""),
-            Condition.FAILED: ("False", Reason.NOT_FAILED, ""),
-        }
+        self._conditions = conditions
 
     def set(self, kind: Condition, value: bool | None, reason: str, message: str = "") -> None:
         """Sets one condition; None is Unknown."""
@@ -107,14 +88,8 @@ class StatusDraft:
         """Sets the word for people."""
         self.new["state"] = str(word)
 
-    def count(self, name: str, by: int = 1) -> None:
-        """Adds to a counter."""
-        self.new[name] = int(self.new.get(name) or 0) + by
-
     def done(self) -> Object:
         """The finished status."""
-        if checkpoint := self.new.get("checkpoint"):
-            self.set(Condition.CHECKPOINTED, True, Reason.CHECKPOINT_COMMITTED, f"Step {checkpoint['step']} is durable.")
         self.new["conditions"] = [self._condition(kind, *value) for kind, value in self._conditions.items()]
         return self.new
 
@@ -129,6 +104,47 @@ class StatusDraft:
             "observedGeneration": self.generation,
             "lastTransitionTime": before["lastTransitionTime"] if before and kept else stamp(self.now),
         }
+
+
+class StatusDraft(Conditions):
+    """The status being computed."""
+
+    def __init__(self, old: Object, generation: int, now: datetime) -> None:
+        resumed = (find_condition(old, Condition.SUSPENDED) or {}).get("reason") == Reason.RESUMED
+        super().__init__(
+            old,
+            generation,
+            now,
+            {
+                Condition.RUNNING: ("False", Reason.WAITING_FOR_PODS, ""),
+                Condition.PROGRESSING: ("False", Reason.NOT_RUNNING, ""),
+                Condition.CHECKPOINTED: ("False", Reason.NO_CHECKPOINT_YET, ""),
+                Condition.SUSPENDED: ("False", Reason.RESUMED if resumed else Reason.NOT_SUSPENDED, ""),
+                Condition.COMPLETE: ("False", Reason.NOT_FINISHED, ""),
+                Condition.FAILED: ("False", Reason.NOT_FAILED, ""),
+            },
+        )
+        self.saving: Saving | None = None
+        for name in (
+            "activeSeconds",
+            "gpuSeconds",
+            "attempt",
+            "restarts",
+            "restartsCountTowardsMax",
+            "lostWorkSeconds",
+            "disruptionsInARow",
+        ):
+            self.new.setdefault(name, 0)
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Adds to a counter."""
+        self.new[name] = int(self.new.get(name) or 0) + by
+
+    def done(self) -> Object:
+        """The finished status."""
+        if checkpoint := self.new.get("checkpoint"):
+            self.set(Condition.CHECKPOINTED, True, Reason.CHECKPOINT_COMMITTED, f"Step {checkpoint['step']} is durable.")
+        return super().done()
 
     # ------------------------------------------------------------------------------------------ facts from the trainer --
     def merge_progress(self, progress: Progress | None) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_api.crd import CRD_NAME
+from finetune_api.crd import CRD_NAME, SWEEP_CRD_NAME
 
 
 class Scope(StrEnum):
@@ -33,9 +33,26 @@ class Permission:
 
 
 PERMISSIONS: tuple[Permission, ...] = (
-    Permission(("get", "list", "watch"), "finetune.dev", "finetunejobs", Scope.WATCHED, "to know what is wanted"),
+    Permission(
+        ("get", "list", "watch", "create", "patch"),
+        "finetune.dev",
+        "finetunejobs",
+        Scope.WATCHED,
+        "to know what is wanted; each trial of a sweep is one, and is stopped, suspended and judged by a patch",
+    ),
     Permission(("patch",), "finetune.dev", "finetunejobs/status", Scope.WATCHED, "to say what happens"),
     Permission(("update",), "finetune.dev", "finetunejobs/finalizers", Scope.WATCHED, "to own children (blockOwnerDeletion)"),
+    Permission(
+        ("get", "list", "watch", "delete"),
+        "finetune.dev",
+        "hyperparametersweeps",
+        Scope.WATCHED,
+        "to know what is wanted; deleted when ttlSecondsAfterFinished is over",
+    ),
+    Permission(("patch",), "finetune.dev", "hyperparametersweeps/status", Scope.WATCHED, "to say what happens"),
+    Permission(
+        ("update",), "finetune.dev", "hyperparametersweeps/finalizers", Scope.WATCHED, "to own trials (blockOwnerDeletion)"
+    ),
     Permission(
         ("get", "list", "watch", "create", "delete"), "batch", "jobs", Scope.WATCHED, "each attempt is a Job; suspend deletes it"
     ),
@@ -56,6 +73,14 @@ PERMISSIONS: tuple[Permission, ...] = (
         Scope.CLUSTER,
         "to say at the start when it is older than the operator",
         CRD_NAME,
+    ),
+    Permission(
+        ("get",),
+        "apiextensions.k8s.io",
+        "customresourcedefinitions",
+        Scope.CLUSTER,
+        "the same for sweeps",
+        SWEEP_CRD_NAME,
     ),
     Permission(("get", "patch"), "", "secrets", Scope.OWN, "the progress server's own CA, in one Secret by name"),
     Permission(

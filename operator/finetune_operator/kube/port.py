@@ -21,6 +21,7 @@ class Resource:
 
 
 JOBS = Resource("finetune.dev", "v1alpha1", "finetunejobs")
+SWEEPS = Resource("finetune.dev", "v1alpha1", "hyperparametersweeps")
 CHILDREN = Resource("batch", "v1", "jobs")
 PODS = Resource("", "v1", "pods")
 EVENTS = Resource("", "v1", "events")

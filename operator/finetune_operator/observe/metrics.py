@@ -2,6 +2,7 @@
 
 import time
 from datetime import datetime
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -48,6 +49,26 @@ class Metrics:
             "finetune_reconcile_errors", "Reconciles that failed and are retried.", ["error"], registry=r
         )
         self.status_writes = Counter("finetune_status_writes", "Writes of a FineTuneJob's status.", registry=r)
+        self.sweeps = Gauge("finetune_sweeps", "HyperparameterSweeps by namespace and state.", ["namespace", "state"], registry=r)
+        self.sweeps_finished = Counter(
+            "finetune_sweeps_finished",
+            "HyperparameterSweeps that ended, by condition and reason.",
+            ["namespace", "outcome", "reason"],
+            registry=r,
+        )
+        self.sweep_trials = Gauge(
+            "finetune_sweep_trials", "Trials of a sweep by what has become of them.", ["namespace", "name", "state"], registry=r
+        )
+        self.sweep_best = Gauge(
+            "finetune_sweep_best_value", "The best objective of a sweep so far.", ["namespace", "name"], registry=r
+        )
+        self.trials_ended = Counter("finetune_trials_ended", "Trials that ended, by how.", ["namespace", "state"], registry=r)
+        self.gpu_seconds_saved = Counter(
+            "finetune_gpu_seconds_saved", "GPU-seconds that pruned trials would still have taken.", ["namespace"], registry=r
+        )
+        self.sweep_reconcile_seconds = Histogram(
+            "finetune_sweep_reconcile_seconds", "Duration of one reconcile of a sweep.", registry=r
+        )
         self.queue_depth = Gauge("finetune_queue_depth", "Keys waiting in the work queue.", registry=r)
         self.queue_adds = Counter("finetune_queue_adds", "Keys put on the work queue.", registry=r)
         self.queue_wait_seconds = Histogram("finetune_queue_wait_seconds", "Time that a key waited in the queue.", registry=r)
@@ -69,6 +90,9 @@ class Metrics:
         self.build = Gauge("finetune_build_info", "Always 1; the version is the label.", ["version"], registry=r)
         self.build.labels(__version__).set(1)
         self._states: dict[tuple[str, str], str] = {}
+        self._sweep_states: dict[tuple[str, str], str] = {}
+        self._sweep_series: dict[tuple[str, str], set[str]] = {}
+        """Series of each sweep that are shown; the empty one is its best value."""
         self._unsaved: dict[tuple[str, str], datetime] = {}
         self._counted: dict[tuple[str, str], tuple[str, dict[str, float]]] = {}
         """Per job: the execution that is reported on, and how much of its sums is counted."""
@@ -81,6 +105,33 @@ class Metrics:
         if state is not None:
             self._states[(namespace, name)] = state
             self.jobs.labels(namespace, state).inc()
+
+    def saw_sweep(self, namespace: str, name: str, status: dict[str, Any] | None) -> None:
+        """Keeps the gauges of a sweep; None is one that is gone."""
+        key = (namespace, name)
+        before = self._sweep_states.pop(key, None)
+        if before is not None:
+            self.sweeps.labels(namespace, before).dec()
+        if status is None:
+            self._without_series(key)
+            return
+        state = status.get("state") or "Unknown"
+        self._sweep_states[key] = state
+        self.sweeps.labels(namespace, state).inc()
+        for fate, count in (status.get("trials") or {}).items():
+            if fate != "created":
+                self.sweep_trials.labels(namespace, name, fate).set(count)
+                self._sweep_series.setdefault(key, set()).add(fate)
+        if best := status.get("best"):
+            self.sweep_best.labels(namespace, name).set(float(best["value"]))
+            self._sweep_series.setdefault(key, set()).add("")
+
+    def _without_series(self, key: tuple[str, str]) -> None:
+        for fate in self._sweep_series.pop(key, ()):
+            if fate:
+                self.sweep_trials.remove(*key, fate)
+            else:
+                self.sweep_best.remove(*key)
 
     def unsaved(self, namespace: str, name: str, since: datetime | None) -> None:
         """Since when a running job has not saved; None is one that does not run."""

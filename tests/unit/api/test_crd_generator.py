@@ -44,11 +44,12 @@ def test_check_names_the_file_that_is_out_of_date(tmp_path: Path, capsys: pytest
         shutil.copy(ROOT / generate.CHART / name, tmp_path / generate.CHART / name)
     assert generate.main(["--root", str(tmp_path)]) == 0
     assert generate.main(["--root", str(tmp_path), "--check"]) == 0
-    (tmp_path / generate.CRD_FILE).write_text("old")
+    file = Path("crds") / f"{crd.CRD_NAME}.yaml"
+    (tmp_path / file).write_text("old")
     capsys.readouterr()
     assert generate.main(["--root", str(tmp_path), "--check"]) == 1
-    assert str(generate.CRD_FILE) in capsys.readouterr().err
-    assert (tmp_path / generate.CRD_FILE).read_text() == "old"
+    assert str(file) in capsys.readouterr().err
+    assert (tmp_path / file).read_text() == "old"
 
 
 def test_generating_elsewhere_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,9 +58,10 @@ def test_generating_elsewhere_says_what_is_wrong(tmp_path: Path, capsys: pytest.
     assert "is not a checkout" in capsys.readouterr().err
 
 
-def test_chart_copy_differs_only_in_the_annotation_that_keeps_the_jobs() -> None:
-    ours = yaml.safe_load((ROOT / generate.CRD_FILE).read_text())
-    charts = yaml.safe_load((ROOT / generate.CHART_FILE).read_text())
+@pytest.mark.parametrize("name", [crd.CRD_NAME, crd.SWEEP_CRD_NAME])
+def test_chart_copy_differs_only_in_the_annotation_that_keeps_the_jobs(name: str) -> None:
+    ours = yaml.safe_load((ROOT / "crds" / f"{name}.yaml").read_text())
+    charts = yaml.safe_load((ROOT / generate.CHART / "files/crds" / f"{name}.yaml").read_text())
     assert charts["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
     assert charts == ours
 

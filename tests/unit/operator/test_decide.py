@@ -508,6 +508,12 @@ def test_a_suspension_that_discards_ends_the_pods_at_once() -> None:
     assert world.status["checkpoint"]["step"] == 9
 
 
+def test_a_stop_that_discards_ends_the_pods_at_once() -> None:
+    world = running(checkpoint={"onStop": "Discard"})
+    world.job["spec"]["stop"] = True
+    assert ended_pods(world.reconcile()) == ["p1"]
+
+
 def test_an_operator_that_died_in_between_shortens_what_the_garbage_collector_grants() -> None:
     world = running(checkpoint={"onSuspend": "Discard"})
     world.delete("ft-1")
@@ -515,7 +521,14 @@ def test_an_operator_that_died_in_between_shortens_what_the_garbage_collector_gr
     assert ended_pods(world.reconcile()) == ["p1"]
 
 
-@pytest.mark.parametrize("spec", [{"suspend": True}, {"stop": True, "checkpoint": {"onSuspend": "Discard"}}])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"suspend": True},
+        {"stop": True, "checkpoint": {"onSuspend": "Discard"}},
+        {"suspend": True, "checkpoint": {"onStop": "Discard"}},
+    ],
+)
 def test_whoever_may_save_is_not_cut_short(spec: dict[str, Any]) -> None:
     world = running()
     world.job["spec"] |= spec

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from finetune_operator.control.loop import Key
 from finetune_operator.control.progress import BURST, POSTS_PER_SECOND, Denied, ProgressServer, _parse, _Trusted
 from finetune_operator.control.queue import WorkQueue
-from finetune_operator.control.worker import Key
 from finetune_operator.observe.metrics import Metrics
 
 CHECKPOINT = {"uri": "s3://b/step-1", "step": 1, "sizeBytes": 1, "time": "2026-01-01T00:00:00Z"}

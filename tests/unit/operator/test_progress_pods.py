@@ -9,9 +9,10 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
 
 from finetune_api import names
+from finetune_operator.control.loop import Key
 from finetune_operator.control.progress import ProgressServer
 from finetune_operator.control.queue import WorkQueue
-from finetune_operator.control.worker import Key, Reconciler
+from finetune_operator.control.worker import Reconciler
 from finetune_operator.domain.types import Settings
 from finetune_operator.kube import port
 from finetune_operator.kube.port import CHILDREN, JOBS, PODS, Object, Resource

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_kit import Place
 from trainer_kit import Job, make_model, write_data
 
 
@@ -29,3 +30,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def job(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> Job:
     return Job(tmp_path / "job", tiny_model, tiny_data)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer_kit import merged
 
 from finetune_api import names
+from support import warm
 from support.models import tiny_classifier, write_split
 from testcluster.processes import free_port
 
@@ -59,7 +59,7 @@ class Training:
             **self.more,
         }
         torchrun = ["torch.distributed.run", f"--nproc-per-node={self.processes}", f"--master-port={free_port()}", "--module"]
-        command = [sys.executable, "-m", *(torchrun if self.processes > 1 else []), self.module]
+        command = [warm.python(), "-m", *(torchrun if self.processes > 1 else []), self.module]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def run(self) -> dict[str, Any]:

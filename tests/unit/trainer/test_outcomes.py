@@ -24,6 +24,7 @@ from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.run import Run
 from finetune_trainer.store import open_store
+from support import warm
 
 # The rate rises until it wrecks what was learned: the last evaluation is a bad one.
 WRECKING = {"learningRate": 0.1, "epochs": 12, "schedule": {"type": "Constant", "warmup": 120}}
@@ -221,7 +222,7 @@ def test_a_missing_bucket_is_told(job: Job, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ as a process --
 def start(env: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune_trainer"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [warm.python(), "-m", "finetune_trainer"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -240,7 +241,7 @@ def termination(job: Job) -> dict[str, Any]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_ended_goes_on_and_gives_the_same_weights(job: Job, tmp_path: Path, number: int) -> None:
-    job.changes = {"hyperparameters": {"epochs": 60}, "checkpoint": {"everySteps": 5}}
+    job.changes = {"hyperparameters": {"epochs": 30}, "checkpoint": {"everySteps": 5}}
     process = start(job.environment())
     wait_for_line(process, "step 54/")
     process.send_signal(number)
@@ -259,14 +260,14 @@ def test_a_process_that_is_ended_goes_on_and_gives_the_same_weights(job: Job, tm
     process = start(job.environment())
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert f"going on from step {saved} of 360" in output
+    assert f"going on from step {saved} of 180" in output
     message = termination(job)
     assert message["outcome"] == "Complete"
     assert message["resumedFrom"]["step"] == saved
 
     whole = Job(tmp_path / "whole", job.model, job.data, job.changes)
     subprocess.run(
-        [sys.executable, "-m", "finetune_trainer"], env=whole.environment(), check=True, capture_output=True, timeout=120
+        [warm.python(), "-m", "finetune_trainer"], env=whole.environment(), check=True, capture_output=True, timeout=120
     )
     assert (whole.output / "model/model.safetensors").read_bytes() == (job.output / "model/model.safetensors").read_bytes()
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from finetune_trainer import sharding
 from finetune_trainer.dist import Group
 from finetune_trainer.errors import TrainingFailure
+from support import warm
 from support.models import tiny_decoder
 from support.sharded_models import ARCHITECTURES, TIED, build
 from testcluster.processes import free_port
@@ -198,7 +198,7 @@ def test_every_architecture_can_be_cut_up() -> None:
         "support.sharded_models",
     ]
     env = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([sys.executable, "-m", *command], env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([warm.python(), "-m", *command], env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [(f["name"], f["decoder"]) for f in found] == [

@@ -27,6 +27,7 @@ from finetune_api.report import Outcome
 from finetune_trainer import trackers
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.trackers import Background, Point, Trackers, Training, flatten, open_trackers
+from support import warm
 from testcluster.processes import free_port
 
 STEPS = list(range(2, 19))
@@ -211,7 +212,7 @@ def test_only_the_leading_process_has_trackers(job: Job, mlflow_folder: str) -> 
     job.changes = {"hyperparameters": {"epochs": 1}}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--module"]
     environment = job.environment() | {"MLFLOW_TRACKING_URI": mlflow_folder}
-    done = subprocess.run([sys.executable, *torchrun, "finetune_trainer"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([warm.python(), *torchrun, "finetune_trainer"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     (run,) = mlflow_runs()
@@ -226,7 +227,7 @@ def start(job: Job, port: int) -> "subprocess.Popen[str]":
         "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
         "WANDB_API_KEY": "0" * 40,
     }
-    command = [sys.executable, "-m", "finetune_trainer"]
+    command = [warm.python(), "-m", "finetune_trainer"]
     environment = job.environment() | both
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -192,6 +192,10 @@ class TaskKind(ABC):
     def score(self, outputs: Floats, data: Encoded) -> Evaluated:
         """Metrics of all rows' outputs, (rows, width)."""
 
+
+class Predicting(TaskKind):
+    """A task whose predictions follow from the outputs of one forward pass; a decoder's are generated (inference.py)."""
+
     @abstractmethod
     def answer(self, outputs: Floats, data: Encoded, texts: Sequence[Any]) -> list[dict[str, Any]]:
         """Predictions in words, one per row."""

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_trainer import metrics
-from finetune_trainer.tasks.base import BadRowError, Evaluated, Floats, Row, TaskKind, log_sum_exp, sigmoid, softmax
+from finetune_trainer.tasks.base import BadRowError, Evaluated, Floats, Predicting, Row, log_sum_exp, sigmoid, softmax
 from finetune_trainer.tasks.encoded import Encoded
 
 if TYPE_CHECKING:
     import torch
 
 
-class SingleLabel(TaskKind):
+class SingleLabel(Predicting):
     """Cross entropy over the labels."""
 
     auto_class = "AutoModelForSequenceClassification"
@@ -56,7 +56,7 @@ class SingleLabel(TaskKind):
         ]
 
 
-class MultiLabelled(TaskKind):
+class MultiLabelled(Predicting):
     """Binary cross entropy for each label, their mean for each row."""
 
     auto_class = "AutoModelForSequenceClassification"

@@ -1,6 +1,5 @@
 """CausalLM: supervised fine-tuning of a decoder on prompts with completions, or on chats. The loss is on what the model shall write."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -115,9 +114,6 @@ class Completion(TaskKind):
         loss = float(outputs[:, 0].sum() / count)
         perplexity = float(np.exp(min(loss, 700.0)))
         return Evaluated({"loss": loss, "perplexity": perplexity, "token_accuracy": float(outputs[:, 1].sum() / count)})
-
-    def answer(self, outputs: Floats, data: Encoded, texts: Sequence[Any]) -> list[dict[str, Any]]:
-        raise NotImplementedError("a decoder's answers are generated: inference.py")
 
 
 def prompt_tokens(text: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

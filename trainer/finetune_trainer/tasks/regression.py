@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_trainer import metrics
-from finetune_trainer.tasks.base import BadRowError, Evaluated, Floats, Row, TaskKind
+from finetune_trainer.tasks.base import BadRowError, Evaluated, Floats, Predicting, Row
 from finetune_trainer.tasks.encoded import Encoded
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class Regression(TaskKind):
+class Regression(Predicting):
     """Squared error."""
 
     auto_class = "AutoModelForSequenceClassification"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_trainer import metrics
-from finetune_trainer.tasks.base import IGNORED, BadRowError, Evaluated, Examples, Floats, Row, TaskKind, text_of
+from finetune_trainer.tasks.base import IGNORED, BadRowError, Evaluated, Examples, Floats, Predicting, Row, text_of
 from finetune_trainer.tasks.encoded import Encoded, Ragged
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Tagging(TaskKind):
+class Tagging(Predicting):
     """Cross entropy over the tags of all words."""
 
     auto_class = "AutoModelForTokenClassification"
