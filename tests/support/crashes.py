@@ -12,13 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock, tqdm
 
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import Store
 
 OPERATIONS = ("put", "put_if_absent", "get", "upload", "download", "list", "entries", "copy", "delete", "discard_unfinished")
+
+# A progress bar's own lock is one semaphore of all forked processes: one that dies with it held would stop every other. Each of tqdm's
+# classes would make that of its own, unless the first has another; and the thread that looks after bars could hold it at a fork.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 class Dying:
@@ -47,11 +52,9 @@ class Dying:
 
 def in_a_process(do: Callable[[], None]) -> int:
     """Forks; the exit code, negative for a signal."""
+    assert not hasattr(TqdmDefaultWriteLock, "mp_lock"), "a progress bar began before this module was there: see above"
     if (pid := os.fork()) == 0:
         code = 1
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its own is one semaphore of all forked processes: one that died with it held stops them all
         try:
             do()
             code = 0
