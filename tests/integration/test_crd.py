@@ -11,15 +11,18 @@ import yaml
 
 from bad_finetunejobs import BAD, BAD_EDITS, GOOD, GOOD_EDITS, Bad, BadEdit, GoodEdit, edited
 from finetune_api import FineTuneJob, FineTuneJobStatus
-from finetune_api.manifest import load_job, load_yaml
+from finetune_api.manifest import load_job, load_sweep, load_yaml
 from integration.jobs import wait
 from scalars import SCALARS
 from testcluster import Cluster
 
 ROOT = Path(__file__).parents[2]
-CRD = ROOT / "crds" / "finetunejobs.finetune.dev.yaml"
+LOADERS: dict[str, Callable[[str], object]] = {"FineTuneJob": load_job, "HyperparameterSweep": load_sweep}
 EXAMPLES = sorted(
-    p for p in (ROOT / "examples").rglob("*.yaml") if "\nkind: FineTuneJob\n" in f"\n{p.read_text(encoding='utf-8')}"
+    (path, kind)
+    for path in (ROOT / "examples").rglob("*.yaml")
+    for kind in LOADERS
+    if f"\nkind: {kind}\n" in f"\n{path.read_text(encoding='utf-8')}"
 )
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -80,8 +83,9 @@ GOOD_MANIFESTS = {"shortest": GOOD, "everything": EVERYTHING, "nulls": NULLS}
 
 @pytest.fixture(scope="module", autouse=True)
 def crd(cluster: Cluster) -> None:
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRD))
-    cluster.wait_for_crd("finetunejobs.finetune.dev")
+    for name in ("finetunejobs", "hyperparametersweeps"):
+        cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / f"crds/{name}.finetune.dev.yaml"))
+        cluster.wait_for_crd(f"{name}.finetune.dev")
 
 
 @pytest.fixture
@@ -106,14 +110,14 @@ def stored(kube: Run, name: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------- manifests --
 def test_examples_exist() -> None:
-    assert EXAMPLES
+    assert {kind for _, kind in EXAMPLES} == LOADERS.keys()
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_examples_are_taken_by_the_api_server_and_by_the_loader(kube: Run, path: Path) -> None:
+@pytest.mark.parametrize(("path", "kind"), EXAMPLES, ids=[str(path.relative_to(ROOT)) for path, _ in EXAMPLES])
+def test_examples_are_taken_by_the_api_server_and_by_the_loader(kube: Run, path: Path, kind: str) -> None:
     text = path.read_text(encoding="utf-8")
     kube("create", "--dry-run=server", "--validate=strict", manifest=text)
-    load_job(text)
+    LOADERS[kind](text)
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda b: b.name)
