@@ -92,7 +92,7 @@ LOCK := uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit
 lock: $(VENV)/uv.stamp ## writes requirements/*.txt from pyproject.toml
 	$(LOCK) --extra operator --extra trainer --extra cli --extra demo --extra dev pyproject.toml -o requirements/dev.txt
 	$(LOCK) --extra trainer --extra cli --extra demo pyproject.toml -c requirements/dev.txt -o requirements/demo.txt
-	$(LOCK) --extra operator pyproject.toml -c requirements/dev.txt -o requirements/operator.txt
+	$(LOCK) --extra operator pyproject.toml -c requirements/dev.txt --override requirements/operator-overrides.txt -o requirements/operator.txt
 	$(LOCK) --extra trainer pyproject.toml -c requirements/dev.txt -o requirements/trainer.txt
 	printf 'mlflow>=3\n' | $(LOCK) - -o requirements/mlflow.txt
 	printf 'hatchling>=1.27\neditables\n' | $(LOCK) - -o requirements/build.txt

@@ -12,7 +12,7 @@ from integration.jobs import Jobs, Object, wait
 from testcluster import images
 
 ENDED = ("Succeeded", "Failed")
-MEGABYTES = {"operator": 600, "trainer": 8_000}
+MEGABYTES = {"operator": 500, "trainer": 8_000}
 """At most, unpacked. Nearly all of the trainer's is PyTorch with CUDA."""
 UID = random.randrange(1_000_600_000, 1_000_700_000)
 """As OpenShift assigns them; no image has a user of that number."""
