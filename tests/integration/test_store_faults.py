@@ -22,6 +22,7 @@ from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.fetch import FETCHED, fetch_folder
 from finetune_trainer.lineage import Lineage
 from finetune_trainer.partfile import RANGE
+from finetune_trainer.run import Run
 from finetune_trainer.s3 import PART, S3Store
 from finetune_trainer.store import Missing, open_store
 from support.faulty_s3 import Faulty, faulty_s3
@@ -29,7 +30,7 @@ from testcluster import S3Server
 from testcluster.pki import Authority
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit/trainer"))
-from trainer_kit import Job, make_model, write_data
+from trainer_kit import Job, ScriptedConsole, make_model, write_data
 
 MiB = 1 << 20
 
@@ -139,6 +140,37 @@ def test_a_training_behind_such_a_storage_is_the_same_training(faulty: Faulty, b
         weights.append(open_store(f"s3://{bucket}/out-{share}").get("model/model.safetensors"))
     assert len(faulty.faults) > 5
     assert weights[0] == weights[1]
+
+
+def test_a_training_outlives_a_minute_without_its_storage(faulty: Faulty, bucket: str, s3: S3Server, tmp_path: Path) -> None:
+    """Steps go on, the save arrives later, and the model is that of a training whose storage was always there."""
+    data, model = write_data(tmp_path / "data"), make_model(tmp_path / "model")
+    changes: dict[str, Any] = {"hyperparameters": {"epochs": 10}, "checkpoint": {"everySteps": 5, "whenBusy": "Skip"}}
+    undisturbed = Job(tmp_path / "undisturbed", model, data, changes)
+    undisturbed.run()
+    job = Job(tmp_path / "job", model, data, {**changes, "output": {"storageUri": f"s3://{bucket}/out"}})
+    left: list[float] = []
+
+    def committed() -> list[str]:
+        """Asked past the proxy."""
+        listed = s3.client().list_objects_v2(Bucket=bucket, Prefix="out/checkpoints/step-").get("Contents", [])
+        return [item["Key"].split("/")[2] for item in listed if item["Key"].endswith("MANIFEST.json")]
+
+    def wait_for_the_save() -> None:
+        left.append(faulty.gone_until - time.monotonic())
+        assert committed() == []
+        while not committed():
+            assert time.monotonic() < faulty.gone_until + 60, "the save of step 5"
+            time.sleep(0.2)
+        assert [int(name.removeprefix("step-")) for name in committed()] == [5]
+        left.append(faulty.gone_until - time.monotonic())
+
+    console = ScriptedConsole({5: lambda: faulty.gone(60), 40: wait_for_the_save})
+    Run(job.recipe(), job.runtime(), threading.Event(), console=console)()
+    assert left[0] > 20, "35 steps of a tiny model take seconds: they did not wait"
+    assert left[1] < 0
+    weights = open_store(f"s3://{bucket}/out").get("model/model.safetensors")
+    assert weights == (undisturbed.output / "model/model.safetensors").read_bytes()
 
 
 def test_a_checkpoint_outlives_a_storage_that_is_gone(
