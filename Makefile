@@ -59,7 +59,7 @@ bench-few-shot: $(VENV)/demo.stamp ## what 8, 32 and 128 examples of each class 
 bench-checkpoint: $(VENV)/dev.stamp ## what a save costs training beside Hugging Face's Trainer, uploads beside boto3 (about 15 minutes)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/checkpoint.py
 
-bench-sweep: $(VENV)/dev.stamp ## the search engine beside Optuna and random search, on functions with known minima (about an hour)
+bench-sweep: $(VENV)/dev.stamp ## the search engine beside Optuna and random search, on functions with known minima and in a real sweep (about two hours)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/sweep.py
 
 cluster: $(VENV)/dev.stamp ## a throw-away Kubernetes with the operator: a real node as root, else (or with NODE=0) pods as processes

@@ -9,10 +9,14 @@ bootstrap intervals; seeds are the same for all searchers, so that comparisons a
 - quality: 100 trials in six spaces: ours (auto, tpe), Optuna's TPE live, random;
 - process: our Gaussian process beside Optuna's GPSampler, 8 workers;
 - pruning: 16 workers, R = 81, a wall of 4 R: ours with ASHA, Optuna's TPE with its own SuccessiveHalvingPruner, random with and without;
-- failing: trials that fail for their parameters: told to the sampler, or not.
+- failing: trials that fail for their parameters: told to the sampler, or not;
+- real: 24 real trainings, ASHA on their curves in 1,000 orders, and once live (sweep_real.py).
+
+Parts that are run alone (`--only`) are put beside what build/bench/sweep.json has of the others.
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -24,6 +28,7 @@ from typing import Any
 
 import common
 import numpy as np
+import sweep_real
 from sweep_problems import PROBLEMS, Curves, Problem
 from sweep_runs import Live, Ours, Searcher, asha, least, search, search_curves
 
@@ -280,6 +285,10 @@ def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(r["problem"] for r in result.get("pruning", ())):
         ratio, low = paired(result["pruning"], name, "tpe + ASHA", "random + ASHA")
         bar(f"tpe + ASHA on {name}: share of random + ASHA's regret", ratio, 1.1, lower_90=low)
+    if real := result.get("real"):
+        bar("a real sweep with ASHA: median share of the full search's CPU", real["median_cpu_share"], 0.45)
+        bar("a real sweep with ASHA: orders whose best is not within 0.005", 1 - real["within_0.005"], 0.2)
+        bar("a real sweep live: trials without the recorded readings", real["configurations"] - real["live_same_readings"], 0)
     common.print_table(
         "What must hold",
         ("", "value", "at most", ""),
@@ -298,7 +307,7 @@ def _seconds(rows: Sequence[dict[str, Any]], algorithm: str, trials: int) -> flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("identical", "growth", *PARTS)
+    names = ("identical", "growth", *PARTS, "real")
     parser.add_argument("--only", nargs="*", choices=names, default=names, help="parts to run")
     parser.add_argument("--quick", action="store_true", help="2 seeds: whether it works, nothing more")
     parser.add_argument("--seeds", type=int, default=20, help="runs of each case (twice as many with pruning)")
@@ -307,7 +316,9 @@ def main() -> int:
     os.environ |= common.ONE_THREAD
     seeds = 2 if said.quick else said.seeds
     print(f"seeds 0 to {seeds - 1}, with pruning 0 to {2 * seeds - 1}; {', '.join(said.only)}", flush=True)
-    result: dict[str, Any] = {"seeds": seeds, "trials": TRIALS}
+    known = common.RESULTS / "sweep.json"
+    result: dict[str, Any] = json.loads(known.read_text()) if known.is_file() and set(said.only) < set(names) else {}
+    result |= {"seeds": seeds, "trials": TRIALS}
     if "growth" in said.only:
         result |= growth(1 if said.quick else 5)
     if "identical" in said.only:
@@ -317,6 +328,8 @@ def main() -> int:
             runs = list(pool.map(run, PARTS[part](seeds), chunksize=1))
             result[part] = summary(part, runs)
             sys.stdout.flush()
+    if "real" in said.only and not said.quick:
+        result["real"] = sweep_real.run()
     result["bars"] = bars(result)
     print(common.write_json("sweep", result))
     return 0
