@@ -13,7 +13,9 @@ from testcluster import images
 
 ENDED = ("Succeeded", "Failed")
 MEGABYTES = {"operator": 500, "trainer": 8_000}
-"""At most, unpacked: sizes of files, as image tools count them, and not what a disk's blocks make of them. Nearly all of the trainer's is PyTorch with CUDA."""
+"""At most, unpacked: sizes of files, as image tools count them, and not what a disk's blocks make of them.
+
+Nearly all of the trainer's is PyTorch with CUDA."""
 UID = random.randrange(1_000_600_000, 1_000_700_000)
 """As OpenShift assigns them; no image has a user of that number."""
 PROBE = r"""
@@ -22,7 +24,8 @@ module = sys.argv[1]
 help_ = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
 tools = ("cc", "c89", "c99", "gcc", "g++", "c++", "cpp", "clang", "make", "cmake", "ld", "as", "nvcc", "rustc", "go")
 places = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-size = subprocess.run(["du", "-sx", "--apparent-size", "--block-size=MB", "/"], capture_output=True, text=True).stdout.split()  # what it may not read is 0
+du = ["du", "-sx", "--apparent-size", "--block-size=MB", "/"]
+size = subprocess.run(du, capture_output=True, text=True).stdout.split()  # what it may not read is 0
 print(json.dumps({
     "ids": [os.getuid(), os.getgid()], "help": [help_.returncode, help_.stderr, module in help_.stdout],
     "compilers": [t for t in tools if shutil.which(t, path=places)] + glob.glob("/usr/bin/*-gcc*") + glob.glob("/usr/lib/gcc*/*/*/cc1*"),
