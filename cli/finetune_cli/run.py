@@ -4,7 +4,6 @@ The trainer shows its own progress. What this adds is what the operator and the 
 of them from training the same job at once, passes a stop on and waits for the save, and tells how it ended.
 """
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -13,8 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -25,10 +22,10 @@ from finetune_api.environment import trainer_environment
 from finetune_api.failures import BY_REASON
 from finetune_api.report import EndReport, Outcome, ResultFile
 from finetune_cli import inputs, show
+from finetune_cli.alone import alone
 from finetune_cli.errors import UserError
 
 STATE_FILE = "attempts.json"
-LOCK_FILE = "lock"
 TERMINATION_FILE = "termination-log"
 STOP_AGAIN_SECONDS = 1.0
 SIGNAL_EXIT = 128
@@ -55,7 +52,7 @@ def run(
         raise ModuleNotFoundError("torch", name="torch")
     scratch = (workdir or Path(".finetune") / job.metadata["name"]).resolve()
     scratch.mkdir(parents=True, exist_ok=True)
-    with _alone(scratch, job) as lock:
+    with alone(scratch, f"{job.metadata['name']} is being trained in {scratch} already") as lock:
         log = scratch / TERMINATION_FILE
         log.unlink(missing_ok=True)
         environment = trainer_environment(job, _next_attempt(scratch), workdir=str(scratch), termination_log=str(log), **mirrors)
@@ -71,24 +68,6 @@ def run(
     else:
         _explain(code, end)
     return code
-
-
-# ------------------------------------------------------------------------------------------------- one attempt at a time ----
-@contextmanager
-def _alone(scratch: Path, job: FineTuneJob) -> Iterator[int]:
-    """Holds the folder's lock; yields its descriptor. The trainer inherits it, so the lock outlives this process if the trainer does."""
-    descriptor = os.open(scratch / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{job.metadata['name']} is being trained in {scratch} already: wait until that has ended, or give another --workdir",
-                1,
-            ) from error
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _next_attempt(scratch: Path) -> int:

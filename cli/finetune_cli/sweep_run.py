@@ -5,15 +5,12 @@ in a folder (sweep_objects.py), and what they would start in a cluster is starte
 the same command reads the folder and goes on.
 """
 
-import fcntl
 import importlib.util
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +23,7 @@ from finetune_api.manifest import parse_job, parse_sweep
 from finetune_api.names import Condition, Reason, State
 from finetune_api.sweep import MUTABLE, HyperparameterSweep
 from finetune_cli import inputs, show, sweep_show
+from finetune_cli.alone import alone
 from finetune_cli.errors import UserError
 from finetune_cli.sweep_objects import FOLDER, Object, Objects, read
 from finetune_cli.sweep_process import LOG_FILE, Attempt, ProgressServer
@@ -39,9 +37,6 @@ from finetune_operator.domain.sweep import decide_sweep
 from finetune_operator.domain.sweep_types import CreateTrial, PatchTrial, SweepAction, SweepObserved
 from finetune_operator.domain.types import CreateJob, DeleteJob, EndPod, Event, Observed, Progress, Settings
 
-LOCK_FILE = "lock"
-LOCK_SECONDS = 10.0
-"""How long the trainers of a sweep that was killed may take to be gone."""
 LOOK_SECONDS = 0.1
 SETTINGS = Settings("local", "http://127.0.0.1", "", restart_backoff_seconds=1.0)
 INTERRUPTED = 20
@@ -87,7 +82,7 @@ def run_sweep(
     if not sweep.spec.trial_template.spec.trainer.command and importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("torch", name="torch")
     places.workdir.mkdir(parents=True, exist_ok=True)
-    with _alone(places.workdir, sweep.metadata["name"]) as lock:
+    with alone(places.workdir, f"{sweep.metadata['name']} is being run in {places.workdir} already") as lock:
         objects = Objects(places.workdir)
         objects.load()
         stored = take_over(objects, sweep)
@@ -97,27 +92,6 @@ def run_sweep(
         else:
             code = Host(objects, stored, places, lock).run()
         return code or sweep_show.finish(objects, sweep.metadata["name"], places.workdir, places.s3_root)
-
-
-@contextmanager
-def _alone(workdir: Path, name: str) -> Iterator[int]:
-    """Holds the folder's lock; yields its descriptor. Trainers inherit it, so that no second sweep runs beside any that is left: the kernel
-    ends them with their sweep, but not on every system, and not what they have started themselves."""
-    descriptor = os.open(workdir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    said = f"{name} is being run in {workdir} already: wait until that has ended, or give another --workdir"
-                    raise UserError(said, 1) from error
-                time.sleep(LOOK_SECONDS)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def take_over(objects: Objects, sweep: HyperparameterSweep) -> Object:

@@ -193,9 +193,10 @@ LONG: dict[str, Any] = {
 }
 
 
-def start(place: Place, name: str) -> "subprocess.Popen[str]":
+def start(place: Place, name: str, epochs: int = 20) -> "subprocess.Popen[str]":
     """A training of some seconds, in a process group of its own, returned when its first checkpoint is committed."""
-    file = place.manifest(name, evaluation={"everyEpochs": 10}, **LONG)
+    spec = {**LONG, "hyperparameters": {**LONG["hyperparameters"], "epochs": epochs}}
+    file = place.manifest(name, evaluation={"everyEpochs": 10}, **spec)
     process = subprocess.Popen(
         [FINETUNE, *place.arguments(file)], env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
@@ -256,7 +257,7 @@ def test_asked_to_stop_it_saves_first(place: Place, number: signal.Signals) -> N
 
 
 def test_two_runs_of_one_job_do_not_meet(place: Place) -> None:
-    with start(place, "twice") as process:
+    with start(place, "twice", epochs=2000) as process:  # it outlasts the time that a run waits for one that is ending
         try:
             second = execute(*place.arguments(place.folder / "twice.yaml"))
             assert second.returncode == 1
