@@ -38,14 +38,15 @@ faults: $(VENV)/dev.stamp ## every crash point of a sweep, and long random sched
 
 # The model comes before the sandbox, which has no way to a package index.
 # Only when it is said on the command line: a KUBECONFIG that happens to be set may be anybody's cluster.
+e2e: export PYTHONPATH := $(CURDIR)/hack/testcluster:$(CURDIR)/tests
 e2e: $(VENV)/dev.stamp ## a real node with real images, Helm and S3 (root; SMOKE=1: the short part); or KUBECONFIG=... for a cluster of yours
 ifeq ($(origin KUBECONFIG),command line)
-	KUBECONFIG=$(KUBECONFIG) $(BIN)/python -m pytest $(E2E)
+	KUBECONFIG=$(KUBECONFIG) $(BIN)/python -m e2e $(E2E)
 else
 	$(BIN)/python -m testcluster.images --node
 	$(BIN)/python -m testcluster node-binaries
 	$(BIN)/python hack/minilm.py >/dev/null
-	env -u KUBECONFIG $(BIN)/python -m testcluster.sandbox $(BIN)/python -m pytest $(E2E)
+	env -u KUBECONFIG $(BIN)/python -m testcluster.sandbox $(BIN)/python -m e2e $(E2E)
 endif
 
 bench: bench-trainer bench-few-shot bench-checkpoint bench-sweep ## every benchmark; each prints its table and writes build/bench/NAME.json
@@ -84,7 +85,7 @@ $(VENV)/uv.stamp: requirements/bootstrap.txt requirements/build.txt
 
 $(VENV)/%.stamp: requirements/%.txt pyproject.toml $(VENV)/uv.stamp
 	@echo "installing requirements/$*.txt (PyTorch is large: this takes a minute or more the first time)"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/$*.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements/$*.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 

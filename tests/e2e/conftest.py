@@ -1,4 +1,4 @@
-"""One cluster per session with the chart installed by Helm; a namespace per test that enforces the restricted Pod Security Standard."""
+"""The cluster that `python -m e2e` prepared; a namespace per test that enforces the restricted Pod Security Standard."""
 
 import random
 import string
@@ -6,25 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e.world import RELEASE, RESTRICTED, ROOT, SYSTEM, World, world
+from e2e.world import World
 from integration.jobs import Jobs
 
 
 @pytest.fixture(scope="session")
-def bare() -> Iterator[World]:
-    """Images, object store and data; nothing installed."""
-    with world() as made:
-        made.fill()
-        yield made
-
-
-@pytest.fixture(scope="session")
-def installed(bare: World) -> World:
-    """The chart, as a platform engineer installs it."""
-    bare.kubectl("create", "namespace", SYSTEM)
-    bare.kubectl("label", "namespace", SYSTEM, RESTRICTED)
-    bare.helm("install", RELEASE, str(ROOT / "charts/finetune-operator"), *bare.values(), "--wait", "--timeout=150s")
-    return bare
+def installed() -> World:
+    """Images, object store, data, and the chart, installed by Helm."""
+    return World.from_environment()
 
 
 @pytest.fixture
@@ -40,6 +29,6 @@ def jobs(installed: World) -> Iterator[Jobs]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test waits for the node and its images."""
+    """A machine of two cores has several trainings to run at once."""
     for item in items:
         item.add_marker(pytest.mark.timeout(1200))

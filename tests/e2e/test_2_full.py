@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from e2e.test_1_smoke import job, trainer, wait_checkpoint
+from e2e.test_1_smoke import ONE_THREAD, job, trainer, wait_saved
 from e2e.world import DATA, MODELS, RELEASE, ROOT, SYSTEM, World
 from integration.jobs import Jobs, Object, manifest, wait
 from testcluster import S3Server
@@ -37,13 +38,13 @@ def losses(world: World, jobs: Jobs, name: str, folder: Path) -> list[float]:
 
 def test_two_pods_train_what_one_does(installed: World, jobs: Jobs, tmp_path: Path) -> None:
     def same(name: str, **placement: Any) -> Object:
-        made = job(jobs, name, trainer=trainer(env=[{"name": "OMP_NUM_THREADS", "value": "1"}], **placement))
+        made = job(jobs, name, trainer=trainer(**placement))
         made["spec"]["hyperparameters"] |= {"epochs": 2, "dropout": NO_DROPOUT, "batchSize": 32, "precision": "FP32"}
         return made
 
     jobs.apply(same("alone"), same("pair", numNodes=2))
-    jobs.wait_state("alone", "Complete", 240)
-    jobs.wait_state("pair", "Complete", 240)
+    jobs.wait_state("alone", "Complete")
+    jobs.wait_state("pair", "Complete")
     pods = [p for p in jobs.list("pods") if p["metadata"]["labels"]["finetune.dev/job"] == "pair"]
     assert sorted(p["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] for p in pods) == ["0", "1"]
     one, two = losses(installed, jobs, "alone", tmp_path / "alone"), losses(installed, jobs, "pair", tmp_path / "pair")
@@ -68,10 +69,10 @@ def processes_of(pod: str) -> list[int]:
 
 def test_lost_work_is_told(installed: World, jobs: Jobs) -> None:
     """kill -9 in the pod: what was done since the newest checkpoint is lost, and no more is told."""
-    if installed.node is None:
+    if not installed.ours:
         pytest.skip("the processes of a cluster of yours are not on this machine")
     jobs.apply(job(jobs, "killed", epochs=2000))
-    wait_checkpoint(jobs, "killed", beyond=300)
+    wait_saved(installed, jobs, "killed")
     [process] = wait(lambda: processes_of(jobs.wait_pod("killed-1")), "its process")
     os.kill(process, signal.SIGKILL)
     died = datetime.now(UTC)
@@ -82,10 +83,12 @@ def test_lost_work_is_told(installed: World, jobs: Jobs) -> None:
     assert abs(status["lostWorkSeconds"] - lost) <= 5, "one interval of the trainer's reports"
     went_on = wait(lambda: (s := jobs.status("killed")).get("resumedFrom") and s, "it goes on", 240)
     assert went_on["resumedFrom"]["step"] == status["checkpoint"]["step"]
+    asked = time.monotonic()
     jobs.patch("killed", {"suspend": True})
     paused = jobs.wait_state("killed", "Suspended", 120)
+    took = time.monotonic() - asked
     assert paused["checkpoint"]["step"] > went_on["resumedFrom"]["step"]
-    assert paused["lostWorkSeconds"] - status["lostWorkSeconds"] <= 5 + 5, "a suspension saves, and then it ends"
+    assert paused["lostWorkSeconds"] - status["lostWorkSeconds"] <= took + 1, "a suspension saves, and then it ends"
 
 
 def test_a_suspension_that_discards_does_not_wait_for_a_pod_that_goes_on(jobs: Jobs) -> None:
@@ -93,7 +96,7 @@ def test_a_suspension_that_discards_does_not_wait_for_a_pod_that_goes_on(jobs: J
     stubborn = ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
     policy = {"onSuspend": "Discard", "saveDeadlineSeconds": 600}
     jobs.apply(manifest("stubborn", **own, trainer={"command": stubborn}, checkpoint=policy))
-    jobs.wait_state("stubborn", "Running", 240)
+    jobs.wait_state("stubborn", "Running")
     jobs.patch("stubborn", {"suspend": True})
     jobs.wait_state("stubborn", "Suspended", 90)
     wait(lambda: not jobs.list("pods"), "no pods while it is suspended", 60)  # the kubelet reports their end before they are gone
@@ -101,10 +104,10 @@ def test_a_suspension_that_discards_does_not_wait_for_a_pod_that_goes_on(jobs: J
 
 TASKS: dict[str, tuple[str, str, Object]] = {
     # File of examples/tasks -> model, the metric that says whether it has learned, hyperparameters for a model that knows nothing.
-    "lora": ("tiny", "macro_f1", {"epochs": 10, "batchSize": 8, "learningRate": 2e-3}),
-    "regression": ("tiny", "pearson", {"epochs": 4, "batchSize": 8, "learningRate": 1e-3}),
-    "tokens": ("tiny", "f1", {"epochs": 4, "batchSize": 8, "learningRate": 1e-3}),
-    "completion": ("decoder", "token_accuracy", {"epochs": 4, "batchSize": 8, "learningRate": 1e-3}),
+    "lora": ("tiny", "macro_f1", {"epochs": 8, "batchSize": 32, "learningRate": 6e-3}),
+    "regression": ("tiny", "pearson", {"epochs": 4, "batchSize": 32, "learningRate": 3e-3}),
+    "tokens": ("tiny", "f1", {"epochs": 3, "batchSize": 32, "learningRate": 4e-3}),
+    "completion": ("decoder", "token_accuracy", {"epochs": 4, "batchSize": 32, "learningRate": 3e-3}),
 }
 
 
@@ -119,23 +122,25 @@ def test_every_task_ends_in_a_model(installed: World, jobs: Jobs) -> None:
             spec["dataset"]["labels"] = [label for label in spec["dataset"]["labels"] if not label.startswith("I-")]
         spec["hyperparameters"] = hyperparameters
         spec["output"]["storageUri"] = f"s3://{DATA}/{jobs.namespace}/{file}"
-        spec["trainer"].pop("resourcesPerNode", None)
+        spec["trainer"] = trainer()
         jobs.apply(made)
     for file, (_, metric, _) in TASKS.items():
-        found = {m["name"]: float(m["value"]) for m in jobs.wait_state(file, "Complete", 240)["result"]["metrics"]}
+        found = {m["name"]: float(m["value"]) for m in jobs.wait_state(file, "Complete")["result"]["metrics"]}
         assert found[f"validation/{metric}"] > 0.9, file
         stored = installed.s3().list_objects_v2(Bucket=DATA, Prefix=f"{jobs.namespace}/{file}/model/")["Contents"]
         assert f"{jobs.namespace}/{file}/model/model.safetensors" in [item["Key"] for item in stored]
 
 
 def test_one_of_two_pods_lost_both_start_anew(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "pair", trainer=trainer(numNodes=2, env=[{"name": "OMP_NUM_THREADS", "value": "1"}])))
-    saved = wait_checkpoint(jobs, "pair")
+    jobs.apply(job(jobs, "pair", trainer=trainer(numNodes=2)))
+    saved = wait_saved(installed, jobs, "pair")
     second = next(p["metadata"]["name"] for p in jobs.list("pods") if p["metadata"]["name"].startswith("pair-1-1-"))
     installed.kubectl("-n", jobs.namespace, "delete", "pod", second, "--wait=false")
-    status = jobs.wait_state("pair", "Complete", 300)
-    assert status["attempt"] == 2
+    status = wait(lambda: (s := jobs.status("pair")).get("resumedFrom") and s, "it goes on")
+    assert (status["attempt"], status["restarts"]) == (2, 1)
     assert status["resumedFrom"]["step"] >= saved
+    jobs.patch("pair", {"stop": True})
+    jobs.wait_state("pair", "Complete")
 
 
 def test_an_unmodified_hugging_face_trainer_reports_progress(installed: World, jobs: Jobs) -> None:
@@ -150,17 +155,17 @@ def test_an_unmodified_hugging_face_trainer_reports_progress(installed: World, j
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
         "metadata": {"name": "own"},
-        "spec": {"trainer": {"command": ["python", "/script/train.py"], "podTemplate": template}},
+        "spec": {"trainer": {"command": ["python", "/script/train.py"], "podTemplate": template, "env": ONE_THREAD}},
     }
     jobs.apply(made)
     seen = wait(lambda: (jobs.status("own").get("trainerStatus") or {}).get("progressPercentage"), "progress", 150)
     assert 0 < seen <= 100
-    status = jobs.wait_state("own", "Complete", 150)
+    status = jobs.wait_state("own", "Complete")
     assert any(m["name"].startswith(("loss", "train")) for m in status["trainerStatus"]["metrics"])
 
 
 def test_a_queue_admits_the_job_as_kueue_does(installed: World, jobs: Jobs) -> None:
-    made = job(jobs, "queued")
+    made = job(jobs, "queued", epochs=3)
     made["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "team"}
     jobs.apply(made)
     child = wait(lambda: next((j for j in jobs.list("jobs") if j["metadata"]["name"] == "queued-1"), None), "the child Job")
@@ -172,7 +177,7 @@ def test_a_queue_admits_the_job_as_kueue_does(installed: World, jobs: Jobs) -> N
     flip(jobs, "queued-1", suspend=True)  # a preemption
     jobs.wait_state("queued", "Queued")
     flip(jobs, "queued-1", suspend=False)
-    status = jobs.wait_state("queued", "Complete", 240)
+    status = jobs.wait_state("queued", "Complete")
     assert (status["attempt"], status["restarts"]) == (1, 0)
 
 
@@ -181,9 +186,10 @@ def flip(jobs: Jobs, name: str, *, suspend: bool) -> None:
     jobs.cluster.kubectl("-n", jobs.namespace, "patch", "job", name, "--type=merge", "-p", patch)
 
 
+@pytest.mark.alone
 def test_an_object_store_with_a_ca_of_its_own(installed: World, jobs: Jobs, tmp_path: Path) -> None:
     """Endpoint and CA by the chart's jobDefaults, credentials by a Secret that they name."""
-    if installed.node is None:
+    if not installed.ours:
         pytest.skip("a second object store, over TLS, is started beside our own node only")
     authority = Authority(tmp_path / "ca")
     with S3Server(host=ADDRESS, authority=authority) as s3:
@@ -212,7 +218,7 @@ def test_an_object_store_with_a_ca_of_its_own(installed: World, jobs: Jobs, tmp_
         upgrade(installed, *installed.values(), f"--values={values}")
         try:
             jobs.apply(job(jobs, "elsewhere", epochs=2, trainer={}))
-            jobs.wait_state("elsewhere", "Complete", 180)
+            jobs.wait_state("elsewhere", "Complete")
             found = there.list_objects_v2(Bucket=DATA, Prefix=f"{jobs.namespace}/elsewhere/")["Contents"]
             assert any(item["Key"].endswith("model.safetensors") for item in found)
         finally:
@@ -222,23 +228,24 @@ def test_an_object_store_with_a_ca_of_its_own(installed: World, jobs: Jobs, tmp_
 def test_an_object_store_that_is_not_there_is_told(jobs: Jobs) -> None:
     nowhere = trainer(env=[{"name": "AWS_ENDPOINT_URL", "value": "http://10.79.0.1:1"}])
     jobs.apply(job(jobs, "nowhere", failurePolicy={"maxRestarts": 0}, trainer=nowhere))
-    jobs.wait_state("nowhere", "Failed", 180)
+    jobs.wait_state("nowhere", "Failed")
     failed = jobs.condition("nowhere", "Failed")
     assert failed["reason"] == "StorageUnavailable", failed
     assert "the storage does not answer" in failed["message"]
     assert "Check AWS_ENDPOINT_URL" in failed["message"]
 
 
+@pytest.mark.alone
 def test_uninstalled_and_installed_again_while_a_job_trains(installed: World, jobs: Jobs) -> None:
-    jobs.apply(job(jobs, "orphan", epochs=60))
-    wait_checkpoint(jobs, "orphan")
+    jobs.apply(job(jobs, "orphan", epochs=40))
+    wait_saved(installed, jobs, "orphan")
     before = jobs.get(jobs.wait_pod("orphan-1"), "pod")["metadata"]["uid"]
     installed.rights_change()
     installed.helm("uninstall", RELEASE, "--wait")
     assert not installed.kubectl("-n", SYSTEM, "get", "deployments", "-o", "name").stdout
     assert jobs.get(jobs.wait_pod("orphan-1"), "pod")["metadata"]["uid"] == before
     installed.helm("install", RELEASE, CHART, *installed.values(), "--wait", "--timeout=150s")
-    status = jobs.wait_state("orphan", "Complete", 240)
+    status = jobs.wait_state("orphan", "Complete")
     assert (status["attempt"], status["restarts"]) == (1, 0)
     assert status["result"]["modelUri"]
 

@@ -13,6 +13,7 @@ from integration.jobs import wait
 from testcluster import sandbox
 from testcluster.sandbox import UPLINK
 
+pytestmark = pytest.mark.alone
 INSIDE = f"""
 set -e
 ip -brief address show dev {UPLINK} >$REPORT/address

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import boto3
 from botocore.config import Config
@@ -36,6 +36,7 @@ OF_YOURS = {
     "AWS_REGION": "its region",
 }
 """Environment variables that a run with KUBECONFIG needs besides."""
+WORLD = "E2E_WORLD"
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 
 
@@ -47,10 +48,37 @@ class World:
     aws: dict[str, str]
     operator_image: str
     trainer_image: str
-    node: Node | None = None
+    audit_log: Path | None = None
+    """The API server's; None in a cluster of yours."""
     rights_end: dict[str, datetime] = field(default_factory=dict)
     """Pods of the operator that were running when a test took rights away, and when that was."""
     programs: dict[str, Path] = field(default_factory=lambda: binaries.ensure(["kubectl", "helm"]))
+
+    def to_environment(self) -> None:
+        """For the test processes that this one starts."""
+        os.environ[WORLD] = json.dumps(
+            {
+                "kubeconfig": str(self.kubeconfig),
+                "aws": self.aws,
+                "operator_image": self.operator_image,
+                "trainer_image": self.trainer_image,
+                "audit_log": self.audit_log and str(self.audit_log),
+            }
+        )
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """The one that `python -m e2e` made."""
+        if WORLD not in os.environ:
+            raise RuntimeError("these tests run in a cluster that `python -m e2e` prepares: run `make e2e`")
+        told = json.loads(os.environ[WORLD])
+        log = told.pop("audit_log")
+        return cls(Path(told.pop("kubeconfig")), **told, audit_log=Path(log) if log else None)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is the node in this sandbox, whose processes and images are at hand."""
+        return self.audit_log is not None
 
     @property
     def cluster(self) -> Cluster:
@@ -98,11 +126,17 @@ class World:
             f"--set=jobDefaults.modelMirror=s3://{MODELS}",
         ]
 
-    def operator_pods(self) -> list[str]:
-        """Names of the operator's pods, also of those that are ending."""
+    def operators(self) -> list[dict[str, Any]]:
+        """The operator's pods, also those that are ending."""
         selector = f"app.kubernetes.io/instance={RELEASE}"
-        listed = json.loads(self.kubectl("-n", SYSTEM, "get", "pods", "-l", selector, "-o", "json").stdout)["items"]
-        return [pod["metadata"]["name"] for pod in listed]
+        found: list[dict[str, Any]] = json.loads(self.kubectl("-n", SYSTEM, "get", "pods", "-l", selector, "-o", "json").stdout)[
+            "items"
+        ]
+        return found
+
+    def operator_pods(self) -> list[str]:
+        """Their names."""
+        return [pod["metadata"]["name"] for pod in self.operators()]
 
     def rights_change(self) -> None:
         """Before Helm changes roles: what the pods that run now are refused from here on is not a right that the chart forgot."""
@@ -133,6 +167,12 @@ class World:
         for file in (ROOT / "examples/customer-feedback/data").glob("*.csv"):
             client.upload_file(str(file), DATA, f"data/{file.name}")
 
+    def install(self) -> None:
+        """The chart, as a platform engineer installs it."""
+        self.kubectl("create", "namespace", SYSTEM)
+        self.kubectl("label", "namespace", SYSTEM, RESTRICTED)
+        self.helm("install", RELEASE, str(ROOT / "charts/finetune-operator"), *self.values(), "--wait", "--timeout=150s")
+
     def namespace(self, name: str) -> str:
         """A namespace for jobs that enforces the restricted Pod Security Standard, with the credentials' Secret."""
         self.kubectl("create", "namespace", name)
@@ -160,8 +200,9 @@ def world() -> Iterator[World]:
     if not sandbox.inside():
         raise RuntimeError("run `make e2e`: it starts these tests in a sandbox with a node of their own")
     with Node(audit=True) as node, S3Server(host=ADDRESS) as s3:
-        images.load(node)
-        made = World(node.cluster.kubeconfig, s3.environment(), images.name_of("operator"), images.name_of("trainer"), node)
+        images.load()
+        names = images.name_of("operator"), images.name_of("trainer")
+        made = World(node.cluster.kubeconfig, s3.environment(), *names, node.cluster.audit_log)
         try:
             yield made
         finally:

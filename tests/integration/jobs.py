@@ -76,8 +76,9 @@ class Jobs:
 
 def wait(check: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """Until `check` answers something true; that. AssertionError after `seconds`."""
-    end = time.monotonic() + seconds
+    end, pause = time.monotonic() + seconds, 0.1
     while not (found := check()):
         assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(pause * 1.2, 0.5)  # a look costs as much processor time as a step of training
     return found

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from testcluster import sandbox
-from testcluster.node import PAUSE_IMAGE, Node
+from testcluster.node import PAUSE_IMAGE, ctr
 
 ROOT = Path(__file__).parents[3]
 PARTS = ("operator", "trainer")
@@ -100,16 +100,16 @@ def _build(part: str) -> None:
     _buildah(f"building {name_of(part)}", *bud, tools, f"--tag={name_of(part)}", ".")
 
 
-def load(node: Node) -> None:
-    """Into the node's containerd, where it does not have them."""
+def load() -> None:
+    """Into the containerd of the node in this sandbox, where it does not have them."""
     for name, content in ((PAUSE_IMAGE, "1"), *((name_of(part), _digest(part)) for part in PARTS)):
         mark = _store() / f"loaded-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        if mark.is_file() and mark.read_text() == content and name in node.ctr("images", "list", "-q").stdout.split():
+        if mark.is_file() and mark.read_text() == content and name in ctr("images", "list", "-q").stdout.split():
             continue
         started = time.monotonic()
         push = [*_command("push", "-q"), name, f"docker-archive:/dev/stdout:{name}"]
         with subprocess.Popen(push, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pushing:
-            node.ctr("images", "import", "-", stdin=pushing.stdout)
+            ctr("images", "import", "-", stdin=pushing.stdout)
             if pushing.wait() != 0:
                 raise ImageError(f"{name} could not be read: {pushing.stderr.read() if pushing.stderr else ''}")
         mark.write_text(content)

@@ -25,6 +25,17 @@ _PODS, _DNS_DOMAIN = "10.77.0.0/16", "cluster.local"
 _GPUS = "8"
 _READY_SECONDS = 90.0
 PAUSE_IMAGE = "localhost/finetune-pause:2"
+_SOCKET = Path("/run/containerd.sock")
+"""Of containerd; the sandbox has a /run of its own."""
+
+
+def ctr(*words: str, check: bool = True, stdin: Any = None) -> "subprocess.CompletedProcess[str]":
+    """containerd's own client, in Kubernetes' namespace, of the node in this sandbox."""
+    argv = ["ctr", f"--address={_SOCKET}", "--namespace=k8s.io", *words]
+    done = subprocess.run(argv, capture_output=True, text=True, stdin=stdin, check=False)
+    if check and done.returncode != 0:
+        raise ChildError(f"ctr {' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
+    return done
 
 
 class Node:
@@ -54,7 +65,7 @@ class Node:
             _cgroups()
             self.cluster.start()
             self._start("containerd", ["containerd", f"--config={self._containerd()}"])
-            wait_until(lambda: self.ctr("version", check=False).returncode == 0, self._running, _READY_SECONDS, "containerd")
+            wait_until(lambda: ctr("version", check=False).returncode == 0, self._running, _READY_SECONDS, "containerd")
             self._forget_containers()
             self._start("kubelet", self._kubelet())
             self._start("kube-proxy", self._kube_proxy())
@@ -73,14 +84,6 @@ class Node:
                 self._children.pop(name).stop()
         self.cluster.stop()
 
-    def ctr(self, *words: str, check: bool = True, stdin: Any = None) -> "subprocess.CompletedProcess[str]":
-        """containerd's own client, in Kubernetes' namespace."""
-        argv = ["ctr", f"--address={self._socket}", "--namespace=k8s.io", *words]
-        done = subprocess.run(argv, capture_output=True, text=True, stdin=stdin, check=False)
-        if check and done.returncode != 0:
-            raise ChildError(f"ctr {' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
-        return done
-
     def log_of(self, part: str) -> Path:
         """The log file of containerd, kubelet, kube-proxy, kube-scheduler or coredns."""
         return self.directory / f"{part}.log"
@@ -89,10 +92,6 @@ class Node:
     @property
     def _running(self) -> list[Child]:
         return list(self._children.values())
-
-    @property
-    def _socket(self) -> Path:
-        return Path("/run/containerd.sock")  # the sandbox has a /run of its own
 
     def _start(self, name: str, argv: "list[str | Path]") -> None:
         self._children[name] = Child.start(name, [str(word) for word in argv], log=self.log_of(name))
@@ -116,7 +115,7 @@ root = "{sandbox.containerd_root()}"
 state = "/run/containerd-state"
 disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs"]
 [grpc]
-  address = "{self._socket}"
+  address = "{_SOCKET}"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{self.directory / "opt"}"
 [plugins."io.containerd.grpc.v1.cri"]
@@ -137,9 +136,9 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
     def _forget_containers(self) -> None:
         """Those of the last start: their processes ended with its sandbox. The images stay."""
         for kind in ("tasks", "containers"):
-            names = self.ctr(kind, "list", "-q").stdout.split()
+            names = ctr(kind, "list", "-q").stdout.split()
             if names:
-                self.ctr(kind, "rm", *names, check=False)
+                ctr(kind, "rm", *names, check=False)
 
     def _kubelet(self) -> "list[str | Path]":
         authority = self.cluster.certificates
@@ -162,7 +161,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
             "failSwapOn": False,
             "localStorageCapacityIsolation": False,
             "makeIPTablesUtilChains": False,
-            "containerRuntimeEndpoint": f"unix://{self._socket}",
+            "containerRuntimeEndpoint": f"unix://{_SOCKET}",
             "clusterDNS": [ADDRESS],
             "clusterDomain": _DNS_DOMAIN,
             "resolvConf": str(self._write("resolv.conf", "")),

@@ -100,7 +100,7 @@ def supervise_node() -> int:
     """Owns a real node until SIGTERM; in a sandbox with an uplink."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with Node() as node, S3Server(host=ADDRESS) as s3:
-        images.load(node)
+        images.load()
         cluster = node.cluster
         s3.create_bucket(MODELS)
         mirror = _pretrained()

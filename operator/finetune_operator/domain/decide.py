@@ -333,13 +333,15 @@ class _Reconcile:
         if over and over.failure and not over.failure.retriable:
             self._leave(over)
             return _fail(self.draft, over.failure.reason, over.message, self.actions)
+        policy = self.job.spec.checkpoint
+        if (policy.on_stop if stop else policy.on_suspend) is OnSuspend.DISCARD:
+            # Before the Job goes, and with it its pods: a kubelet that has begun to wait as long as a save may take does not always
+            # hear that it may wait less.
+            self._discard(child)
         if child is not None:
             self._count_pods(child, self._pods_of(child))
             # Also when it ended already: what is wound down leaves nothing that the next attempt could stumble over.
             self.actions.append(DeleteJob(child["metadata"]["name"], child["metadata"]["uid"]))
-        policy = self.job.spec.checkpoint
-        if (policy.on_stop if stop else policy.on_suspend) is OnSuspend.DISCARD:
-            self._discard(child)
         if child is not None or self._alive():
             state, reason = (State.STOPPING, Reason.STOPPING) if stop else (State.SUSPENDING, Reason.SUSPENDING)
             return self._wait_for_pods(state, reason, "Waiting until the pods are gone.")
