@@ -42,6 +42,13 @@ def render(helm: Path, namespace: str, values: Object | None = None, release: st
     return [doc for doc in yaml.safe_load_all(done.stdout) if doc]
 
 
+def one(objects: list[Object], kind: str, **fields: str) -> Object:
+    """The only object of this kind with these fields in its metadata."""
+    found = [o for o in objects if o["kind"] == kind and all(o["metadata"].get(k) == v for k, v in fields.items())]
+    assert len(found) == 1, f"{kind} {fields}: {[(o['kind'], o['metadata']['name']) for o in objects]}"
+    return found[0]
+
+
 def install(cluster: Cluster, namespace: str, values: Object | None = None, *, helm: Path | None = None) -> Path:
     """Applies CRD, ServiceAccount, roles and the empty TLS Secret as admin; the kubeconfig of the ServiceAccount's token.
 

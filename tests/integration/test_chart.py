@@ -1,12 +1,10 @@
-"""The chart, rendered by real Helm and taken by a real API server: rights, Pod Security, values, upgrade and uninstall."""
+"""The chart, rendered by real Helm and taken by a real API server: values, Pod Security, upgrade and uninstall."""
 
 import base64
 import json
 import re
 import shutil
 import subprocess
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import yaml
 
 from finetune_api.names import LABEL_JOB
 from finetune_operator.__main__ import build_parser
-from finetune_operator.kube.permissions import PERMISSIONS, Scope
 from finetune_operator.observe.metrics import Metrics
 from integration import peers
 from integration.jobs import Jobs, manifest, wait
@@ -94,14 +91,8 @@ VALUES: dict[str, Object] = {
 }
 
 
-def one(objects: list[Object], kind: str, **fields: str) -> Object:
-    found = [o for o in objects if o["kind"] == kind and all(o["metadata"].get(k) == v for k, v in fields.items())]
-    assert len(found) == 1, f"{kind} {fields}: {[(o['kind'], o['metadata']['name']) for o in objects]}"
-    return found[0]
-
-
 def operator_container(objects: list[Object]) -> Object:
-    container: Object = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    container: Object = chart.one(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
     return container
 
 
@@ -244,133 +235,11 @@ def test_every_value_has_a_schema_a_default_and_a_comment() -> None:
             assert lines[i - 1].strip().startswith("#"), f"values.yaml:{i + 1} {line!r} has no comment"
 
 
-# ---------------------------------------------------------------------------------------------------------- rights --
-def rules_of(objects: list[Object], namespace: str, watched: list[str]) -> dict[tuple[str, str, str], set[str]]:
-    """(scope, group, resource) -> verbs that the operator's ServiceAccount has by the rendered roles."""
-    granted: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    by_name = {p.resource: sorted(q.name for q in PERMISSIONS if q.resource == p.resource) for p in PERMISSIONS}
-    cluster_wide = {"tokenreviews", "customresourcedefinitions"}
-    for binding in (o for o in objects if o["kind"] in ("ClusterRoleBinding", "RoleBinding")):
-        [subject] = binding["subjects"]
-        assert (subject["name"], subject["namespace"]) == (chart.SERVICE_ACCOUNT, namespace)
-        where = binding["metadata"].get("namespace")
-        role = one(
-            objects, binding["roleRef"]["kind"], name=binding["roleRef"]["name"], **({"namespace": where} if where else {})
-        )
-        for rule in role["rules"]:
-            for group in rule["apiGroups"]:
-                for resource in rule["resources"]:
-                    if where is None and resource in cluster_wide:
-                        assert sorted(rule.get("resourceNames", [""])) == by_name[resource]
-                        scope = Scope.CLUSTER
-                    elif "resourceNames" in rule:
-                        assert where == namespace
-                        assert rule["resourceNames"] == [chart.OWN_NAMES[resource]]
-                        scope = Scope.OWN
-                    elif where == namespace and resource == "leases":
-                        scope = Scope.OWN_NEW
-                    else:
-                        assert where in (watched or [None])
-                        scope = Scope.WATCHED
-                    granted[scope, group, resource] |= set(rule["verbs"])
-    return granted
-
-
-@pytest.mark.parametrize("watched", [[], ["team-a", "team-b"]], ids=["all-namespaces", "two-namespaces"])
-def test_rights_are_exactly_those_of_the_permissions_table(helm_binary: Path, watched: list[str]) -> None:
-    objects = chart.render(helm_binary, "ops", {"watchNamespaces": watched})
-    wanted = {(p.scope, p.group, p.resource): set(p.verbs) for p in PERMISSIONS}
-    assert rules_of(objects, "ops", watched) == wanted
-    if watched:
-        # Each of the namespaces has all the rights, not one a part of them.
-        roles = [one(objects, "Role", namespace=n)["rules"] for n in watched]
-        assert roles[0] == roles[1]
-
-
-def test_without_rbac_there_is_no_role(helm_binary: Path) -> None:
-    kinds = {o["kind"] for o in chart.render(helm_binary, "ops", VALUES["no-rbac"])}
-    assert not {k for k in kinds if "Role" in k}
-
-
-def may(cluster: Cluster, kubeconfig: Path, verb: str, resource: str, *args: str) -> bool:
-    command = ["auth", "can-i", verb, resource, *args, "--kubeconfig", str(kubeconfig)]
-    return cluster.kubectl(*command, check=False).stdout.strip() == "yes"
-
-
-def test_the_token_has_these_rights_and_no_others(cluster: Cluster, helm_binary: Path, namespace: str) -> None:
-    kubeconfig = chart.install(cluster, namespace, helm=helm_binary)
-    assert "client-certificate" not in kubeconfig.read_text(encoding="utf-8")
-    for p in PERMISSIONS:
-        resource, _, sub = p.resource.partition("/")
-        target = f"{resource}.{p.group}" if p.group else resource
-        args = [f"--subresource={sub}"] if sub else []
-        if name := chart.OWN_NAMES[p.resource] if p.scope is Scope.OWN else p.name:
-            target += f"/{name}"
-        own = p.scope in (Scope.OWN, Scope.OWN_NEW)
-        scope = [] if p.scope is Scope.CLUSTER else ["-n", namespace if own else "default"]
-        for verb in p.verbs:
-            assert may(cluster, kubeconfig, verb, target, *args, *scope), f"{verb} {target} {args}"
-    for verb, target in (
-        ("get", "secrets"),
-        ("list", "secrets"),
-        ("create", "secrets"),
-        ("get", "secrets/other"),
-        ("create", "pods"),
-        ("deletecollection", "pods"),
-        ("create", "pods/exec"),
-        ("get", "configmaps"),
-        ("update", "finetunejobs.finetune.dev"),
-        ("delete", "finetunejobs.finetune.dev"),
-        ("create", "hyperparametersweeps.finetune.dev"),
-        ("patch", "hyperparametersweeps.finetune.dev"),
-        ("patch", "jobs.batch"),
-        ("list", "services"),
-        ("delete", "services"),
-        ("get", "leases.coordination.k8s.io/other"),
-        ("list", "leases.coordination.k8s.io"),
-        ("get", "customresourcedefinitions.apiextensions.k8s.io/others.example.com"),
-        ("patch", "customresourcedefinitions.apiextensions.k8s.io/finetunejobs.finetune.dev"),
-    ):
-        assert not may(cluster, kubeconfig, verb, target, "-n", namespace), f"{verb} {target}"
-
-
-def wait_until_may(cluster: Cluster, kubeconfig: Path, verb: str, resource: str, *args: str) -> None:
-    """The controller that aggregates roles takes a moment."""
-    deadline = time.monotonic() + 60
-    while not may(cluster, kubeconfig, verb, resource, *args):
-        assert time.monotonic() < deadline, f"still may not {verb} {resource}"
-        time.sleep(0.2)
-
-
-def test_with_watched_namespaces_the_others_are_closed(cluster: Cluster, helm_binary: Path, namespace: str) -> None:
-    kubeconfig = chart.install(cluster, namespace, {"watchNamespaces": [namespace]}, helm=helm_binary)
-    assert may(cluster, kubeconfig, "create", "jobs.batch", "-n", namespace)
-    assert not may(cluster, kubeconfig, "create", "jobs.batch", "-n", "default")
-    assert not may(cluster, kubeconfig, "list", "finetunejobs.finetune.dev", "--all-namespaces")
-    assert may(cluster, kubeconfig, "create", "tokenreviews.authentication.k8s.io")
-
-
-@pytest.mark.slow
-def test_editors_of_a_namespace_may_write_jobs_and_viewers_may_read(helm_binary: Path) -> None:
-    with Cluster(controllers=("clusterrole-aggregation-controller",)) as cluster:
-        cluster.kubectl("create", "namespace", "ops")
-        chart.install(cluster, "ops", helm=helm_binary)
-        for user, role in (("ed", "edit"), ("vi", "view")):
-            cluster.kubectl("create", "rolebinding", user, f"--clusterrole={role}", f"--user={user}", "-n", "default")
-        ed, vi = cluster.kubeconfig_for("ed"), cluster.kubeconfig_for("vi")
-        jobs = ("finetunejobs.finetune.dev", "-n", "default")
-        wait_until_may(cluster, ed, "create", *jobs)
-        wait_until_may(cluster, vi, "list", *jobs)
-        assert may(cluster, ed, "list", *jobs)
-        assert not may(cluster, vi, "create", *jobs)
-        assert not may(cluster, ed, "patch", *jobs, "--subresource=status")
-
-
 # ---------------------------------------------------------------------------------------------------- Pod Security --
 def test_a_restricted_namespace_admits_the_operator(cluster: Cluster, helm_binary: Path, namespace: str) -> None:
     cluster.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted", "--overwrite")
     chart.install(cluster, namespace, helm=helm_binary)
-    template = one(chart.render(helm_binary, namespace), "Deployment")["spec"]["template"]
+    template = chart.one(chart.render(helm_binary, namespace), "Deployment")["spec"]["template"]
     pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "name": "operator"}}
     cluster.kubectl("create", "--dry-run=server", "-n", namespace, "-f", "-", stdin=json.dumps(pod))
 
@@ -381,7 +250,7 @@ def test_a_restricted_namespace_admits_the_operator(cluster: Cluster, helm_binar
 
 
 def test_the_pod_has_a_read_only_root_and_no_fixed_user(helm_binary: Path) -> None:
-    pod = one(chart.render(helm_binary, "ops"), "Deployment")["spec"]["template"]["spec"]
+    pod = chart.one(chart.render(helm_binary, "ops"), "Deployment")["spec"]["template"]["spec"]
     [container] = pod["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert "runAsUser" not in json.dumps(pod)
@@ -393,14 +262,14 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
     objects = chart.render(helm_binary, "ops", VALUES["everything"])
     container = operator_container(objects)
     assert container["image"] == "example.com/team/operator:1.2.3"
-    service = one(objects, "Service")
+    service = chart.one(objects, "Service")
     assert container["args"] == [
         "--trainer-image=example.com/team/trainer:9",
         "--own-namespace=$(POD_NAMESPACE)",
         f"--progress-url=https://{service['metadata']['name']}.ops.svc:8443",
         "--progress-bind=0.0.0.0:8443",
         "--metrics-bind=0.0.0.0:8080",
-        f"--tls-secret={one(objects, 'Secret')['metadata']['name']}",
+        f"--tls-secret={chart.one(objects, 'Secret')['metadata']['name']}",
         "--lease=tuner",
         "--log-level=warning",
         "--log-format=json",
@@ -419,7 +288,7 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
     assert container["env"][-2:] == VALUES["everything"]["extraEnv"]
     ports = {p["name"]: p["containerPort"] for p in container["ports"]}
     assert {p["targetPort"]: p["port"] for p in service["spec"]["ports"]} == ports == {"progress": 8443, "metrics": 8080}
-    labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    labels = chart.one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= labels.items()
 
 
@@ -436,7 +305,7 @@ def test_the_operator_takes_the_arguments(helm_binary: Path, values: Object) -> 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_disruption_budget_is_there_for_several_only(helm_binary: Path, replicas: int) -> None:
     objects = chart.render(helm_binary, "ops", {"replicas": replicas})
-    deployment = one(objects, "Deployment")
+    deployment = chart.one(objects, "Deployment")
     assert deployment["spec"]["replicas"] == replicas
     budgets = [o for o in objects if o["kind"] == "PodDisruptionBudget"]
     assert len(budgets) == (replicas > 1)
@@ -450,9 +319,10 @@ def test_a_disruption_budget_is_there_for_several_only(helm_binary: Path, replic
 def test_with_cert_manager_the_operator_has_no_secret(helm_binary: Path) -> None:
     objects = chart.render(helm_binary, "ops", VALUES["cert-manager"])
     assert not [o for o in objects if o["kind"] == "Secret"]
-    assert "secrets" not in {resource for _, _, resource in rules_of(objects, "ops", [])}
-    certificate = one(objects, "Certificate")
-    [volume] = [v for v in one(objects, "Deployment")["spec"]["template"]["spec"]["volumes"] if "secret" in v]
+    rules = [rule for o in objects if o["kind"] in ("Role", "ClusterRole") for rule in o["rules"]]
+    assert not [rule for rule in rules if "secrets" in rule["resources"]]
+    certificate = chart.one(objects, "Certificate")
+    [volume] = [v for v in chart.one(objects, "Deployment")["spec"]["template"]["spec"]["volumes"] if "secret" in v]
     assert volume["secret"]["secretName"] == certificate["spec"]["secretName"]
     container = operator_container(objects)
     mounted = next(m["mountPath"] for m in container["volumeMounts"] if m["name"] == volume["name"])
@@ -464,7 +334,7 @@ def test_with_cert_manager_the_operator_has_no_secret(helm_binary: Path) -> None
 
 def test_the_network_policy_lets_trainers_and_operators_in(helm_binary: Path) -> None:
     objects = chart.render(helm_binary, "ops", VALUES["network-policy-of-two"])
-    template, policy = one(objects, "Deployment")["spec"]["template"], one(objects, "NetworkPolicy")["spec"]
+    template, policy = chart.one(objects, "Deployment")["spec"]["template"], chart.one(objects, "NetworkPolicy")["spec"]
     assert policy["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
     [progress] = policy["ingress"]  # nobody may read the metrics: metricsFrom is empty
     assert progress["ports"] == [{"port": "progress"}]
@@ -476,16 +346,16 @@ def test_the_network_policy_lets_trainers_and_operators_in(helm_binary: Path) ->
 
 def test_monitors_and_dashboards_speak_of_metrics_that_exist(helm_binary: Path) -> None:
     objects = chart.render(helm_binary, "ops", VALUES["service-monitor"])
-    service, monitor = one(objects, "Service"), one(objects, "ServiceMonitor")["spec"]
+    service, monitor = chart.one(objects, "Service"), chart.one(objects, "ServiceMonitor")["spec"]
     assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     assert {e["port"] for e in monitor["endpoints"]} <= {p["name"] for p in service["spec"]["ports"]}
     there = {sample for family in Metrics().registry.collect() for sample in (family.name, f"{family.name}_total")}
     said: list[str] = []
-    for group in one(objects, "PrometheusRule")["spec"]["groups"]:
+    for group in chart.one(objects, "PrometheusRule")["spec"]["groups"]:
         said += [rule["expr"] for rule in group["rules"]]
         for rule in group["rules"]:
             assert (ROOT / f"docs/runbooks/{rule['alert']}.md").is_file(), "an alert without a runbook"
-    for text in one(objects, "ConfigMap")["data"].values():
+    for text in chart.one(objects, "ConfigMap")["data"].values():
         said += [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
     assert len(said) > 5
     for name in re.findall(r"finetune_[a-z_]+", " ".join(said)):
