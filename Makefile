@@ -30,7 +30,7 @@ unit: $(VENV)/dev.stamp ## unit tests
 
 integration: $(VENV)/dev.stamp ## integration tests (the first run builds the Kubernetes binaries: about 10 minutes)
 	$(BIN)/python -m testcluster binaries
-	$(BIN)/python -m pytest tests/integration --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/integration --numprocesses 3 --dist loadfile
 
 faults: $(VENV)/dev.stamp ## every crash point of a sweep, and long random schedules (about an hour)
 	$(BIN)/python -m testcluster binaries

@@ -159,6 +159,16 @@ PROGRAM = """
 """
 
 
+def test_pods_of_a_namespace_that_ends_are_not_begun_anew(cluster: Cluster, namespace: str) -> None:
+    with PodRunner(cluster.kubeconfig, only(namespace, hang())) as runner:
+        apply(cluster, namespace, process_pod("left", "pass"))
+        runner.wait_running("left")
+    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+    wait_for("the pod's deletion", lambda: "deletionTimestamp" in get(cluster, namespace, "pod", "left")["metadata"])
+    with PodRunner(cluster.kubeconfig, only(namespace, RunProcess())):  # there is no token for it any more
+        wait_for("the pod to go", lambda: not cluster.kubectl("-n", namespace, "get", "pods", "-o", "name").stdout)
+
+
 def _volumes() -> dict[str, Any]:
     token = {"serviceAccountToken": {"path": "token", "audience": "finetune.dev/progress", "expirationSeconds": 600}}
     label = {"path": "role", "fieldRef": {"fieldPath": "metadata.labels['role']"}}

@@ -226,6 +226,9 @@ class PodRunner:
     async def _live(self, pod: Object) -> None:
         if pod.get("status", {}).get("phase") in ("Succeeded", "Failed"):
             return
+        if pod["metadata"].get("deletionTimestamp"):  # of a runner that is gone: nothing of it is left to end
+            await self._delete(pod)
+            return
         script = self._script(pod)
         if isinstance(script, PodScript) and not script.schedulable:
             condition = {
