@@ -125,6 +125,35 @@ def test_max_restarts_with_backoff_then_failed_with_the_root_cause() -> None:
     assert "maxRestarts is 1" in world.condition("Failed")["message"]
 
 
+def two_pods() -> World:
+    world = World(trainer={"numNodes": 2})
+    world.reconcile()
+    for name in ("ft-1", "ft-1/1"):
+        world.run(name)
+    world.reconcile()
+    return world
+
+
+def test_of_two_pods_the_one_that_says_why_is_heard() -> None:
+    world = two_pods()
+    world.end("ft-1/1", 137, "", "OOMKilled")
+    world.end("ft-1", 1, "a log that ends with its peer")
+    world.reconcile()
+    assert world.condition("Running")["reason"] == "OOMKilled"
+
+
+def test_the_next_attempt_waits_for_every_pod_of_this_one() -> None:
+    world = two_pods()
+    world.end("ft-1", 137, "", "OOMKilled")
+    world.reconcile()
+    world.wait(1000)
+    world.reconcile()
+    assert world.created == ["ft-1"], "the other pod still runs"
+    world.end("ft-1/1", 1)
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+
+
 def test_a_disruption_restarts_at_once_and_is_not_counted() -> None:
     world = running(failurePolicy={"maxRestarts": 0})
     disrupted = {"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}]}
