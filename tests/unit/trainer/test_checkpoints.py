@@ -73,6 +73,16 @@ def test_a_damaged_file_makes_readers_fall_back(place: Place, damage: Callable[[
     assert any("step-00000020-0001 is not used" in line and file in line for line in place.log)
 
 
+def test_a_checkpoint_whose_best_model_is_damaged_is_passed_over(place: Place) -> None:
+    first = place.execution()
+    for step, best in ((10, 10), (20, 20), (30, 20)):
+        first.best = first.name(best)
+        place.save(first, step)
+    flip(place.folder / "store/step-00000020-0001/model/model.safetensors")
+    assert restored_step(place.execution(None)) == 10
+    assert any("step-00000030-0001 is not used: step-00000020-0001, its best model" in line for line in place.log)
+
+
 @pytest.mark.parametrize("damage", [truncate, garble, Path.unlink], ids=["truncated", "garbled", "missing"])
 def test_without_a_whole_manifest_a_step_does_not_exist(place: Place, damage: Callable[[Path], None]) -> None:
     place.save(place.execution(), 10, 20)

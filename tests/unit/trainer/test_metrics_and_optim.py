@@ -10,7 +10,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precisi
 
 from finetune_api.hyperparameters import Schedule, ScheduleType
 from finetune_api.recipe import Recipe
-from finetune_trainer import metrics, optim
+from finetune_trainer import metrics, optim, selection
+from finetune_trainer.snapshot import TrainState
+from finetune_trainer.tasks import Evaluated
 
 CLASSES = 4
 PAIRS = st.lists(st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1)), min_size=1, max_size=60)
@@ -84,3 +86,11 @@ def test_the_default_rate_goes_by_size(parameters: int, rate: float) -> None:
     assert optim.learning_rate(recipe(), parameters) == rate
     assert optim.learning_rate(recipe(model={"uri": "hf://a/b", "lora": {}}), parameters) == pytest.approx(10 * rate)
     assert optim.learning_rate(recipe(hyperparameters={"learningRate": 1e-3}), parameters) == 1e-3
+
+
+def test_of_two_models_that_score_the_same_the_first_is_kept() -> None:
+    state = TrainState()
+    for step, score, improved in ((1, 0.5, True), (2, 0.5, False), (3, 0.6, True)):
+        state.step = step
+        assert selection.judge(state, recipe(), Evaluated({"macro_f1": score, "loss": 1.0})) is improved
+    assert state.best_step == 3
