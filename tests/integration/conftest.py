@@ -6,11 +6,14 @@ With CI=true what cannot be started is a failure; elsewhere too: there is nothin
 import random
 import string
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
+from support.faulty_s3 import Faulty, faulty_s3
 from testcluster import Cluster, S3Server, binaries
 from testcluster.operator import Operator
 
@@ -26,6 +29,22 @@ def cluster() -> Iterator[Cluster]:
 def s3() -> Iterator[S3Server]:
     """versitygw."""
     with S3Server() as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> str:
+    """A fresh one."""
+    return s3.create_bucket(f"faults-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture
+def faulty(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """A proxy before the S3 server, and the environment that leads there."""
+    with faulty_s3(s3.endpoint) as running:
+        for name, value in (s3.environment() | {"AWS_ENDPOINT_URL": running.endpoint}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
         yield running
 
 

@@ -7,8 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,16 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from finetune_api.report import EndReport, Outcome
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.fetch import FETCHED, fetch_folder
 from finetune_trainer.lineage import Lineage
 from finetune_trainer.partfile import RANGE
-from finetune_trainer.run import Run
 from finetune_trainer.s3 import PART, S3Store
 from finetune_trainer.store import Missing, open_store
-from support.faulty_s3 import Faulty, faulty_s3
+from support.faulty_s3 import Faulty
 from testcluster import S3Server
 from testcluster.pki import Authority
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit/trainer"))
-from trainer_kit import Job, ScriptedConsole, make_model, write_data
 
 MiB = 1 << 20
 
@@ -39,20 +32,6 @@ MiB = 1 << 20
 def _in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what would go in one request."""
     monkeypatch.setattr("finetune_trainer.s3.AT_ONCE", PART)
-
-
-@pytest.fixture
-def bucket(s3: S3Server) -> str:
-    return s3.create_bucket(f"faults-{uuid.uuid4().hex[:12]}")
-
-
-@pytest.fixture
-def faulty(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
-    with faulty_s3(s3.endpoint) as running:
-        for name, value in (s3.environment() | {"AWS_ENDPOINT_URL": running.endpoint}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-        yield running
 
 
 @pytest.fixture
@@ -114,68 +93,6 @@ def test_a_fifth_of_all_requests_fails_and_every_byte_is_right(
         assert (tmp_path / "back").read_bytes() == large.read_bytes()
     print(f"{len(faulty.faults)} of {len(faulty.asked)} requests failed")
     assert len(faulty.faults) > 50
-
-
-def test_a_training_behind_such_a_storage_is_the_same_training(faulty: Faulty, bucket: str, tmp_path: Path) -> None:
-    data, model = write_data(tmp_path / "data"), make_model(tmp_path / "model")
-    for folder, prefix in ((data, "data"), (model, "model")):
-        for path in folder.iterdir():
-            open_store(f"s3://{bucket}/{prefix}").upload(path, path.name)
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    weights = []
-    for share in (0.0, 0.2):
-        faulty.share, faulty.dice = share, random.Random(seed)
-        job = Job(tmp_path / f"job-{share}", model, data)
-        job.changes = {
-            "model": {"uri": f"s3://{bucket}/model"},
-            "dataset": {"uri": f"s3://{bucket}/data"},
-            "output": {"storageUri": f"s3://{bucket}/out-{share}"},
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "finetune_trainer"], env=job.environment() | os.environ, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        faulty.share = 0.0
-        weights.append(open_store(f"s3://{bucket}/out-{share}").get("model/model.safetensors"))
-    assert len(faulty.faults) > 5
-    assert weights[0] == weights[1]
-
-
-def test_a_training_outlives_a_minute_without_its_storage(faulty: Faulty, bucket: str, s3: S3Server, tmp_path: Path) -> None:
-    """Steps go on, the save arrives later, and the model is that of a training whose storage was always there."""
-    data, model = write_data(tmp_path / "data"), make_model(tmp_path / "model")
-    # A model that is the best so far is waited for, so that none is lost: not before the end here.
-    changes: dict[str, Any] = {
-        "hyperparameters": {"epochs": 10},
-        "evaluation": {"everyEpochs": 10},
-        "checkpoint": {"everySteps": 5, "whenBusy": "Skip"},
-    }
-    undisturbed = Job(tmp_path / "undisturbed", model, data, changes)
-    undisturbed.run()
-    job = Job(tmp_path / "job", model, data, {**changes, "output": {"storageUri": f"s3://{bucket}/out"}})
-    left: list[float] = []
-
-    def committed() -> list[str]:
-        """Asked past the proxy."""
-        listed = s3.client().list_objects_v2(Bucket=bucket, Prefix="out/checkpoints/step-").get("Contents", [])
-        return [item["Key"].split("/")[2] for item in listed if item["Key"].endswith("MANIFEST.json")]
-
-    def wait_for_the_save() -> None:
-        left.append(faulty.gone_until - time.monotonic())
-        assert committed() == []
-        while not committed():
-            assert time.monotonic() < faulty.gone_until + 60, "the save of step 5"
-            time.sleep(0.2)
-        assert committed() == ["step-00000005-0001"]
-        left.append(faulty.gone_until - time.monotonic())
-
-    console = ScriptedConsole({5: lambda: faulty.gone(60), 40: wait_for_the_save})
-    Run(job.recipe(), job.runtime(), threading.Event(), console=console)()
-    assert left[0] > 20, "35 steps of a tiny model take seconds: they did not wait"
-    assert left[1] < 0
-    weights = open_store(f"s3://{bucket}/out").get("model/model.safetensors")
-    assert weights == (undisturbed.output / "model/model.safetensors").read_bytes()
 
 
 def test_a_checkpoint_outlives_a_storage_that_is_gone(
@@ -478,28 +395,3 @@ def test_over_tls(tmp_path: Path, large: Path, monkeypatch: pytest.MonkeyPatch, 
         assert (tmp_path / "back").read_bytes() == large.read_bytes()
         assert store.put_if_absent("once", b"1")
         assert not store.put_if_absent("once", b"2")
-
-
-def test_asked_to_end_with_the_storage_gone_it_says_so_in_time(faulty: Faulty, bucket: str, s3: S3Server, tmp_path: Path) -> None:
-    """It waited for the storage until it was killed, and left no word."""
-    job = Job(tmp_path / "job", make_model(tmp_path / "model"), write_data(tmp_path / "data"))
-    job.changes = {
-        "hyperparameters": {"epochs": 900, "maxSteps": None},
-        "checkpoint": {"everySteps": 5, "saveDeadlineSeconds": 10},
-        "output": {"storageUri": f"s3://{bucket}/out"},
-    }
-    environment = job.environment() | s3.environment() | {"AWS_ENDPOINT_URL": faulty.endpoint}
-    training = subprocess.Popen([sys.executable, "-m", "finetune_trainer"], env=environment)
-    try:
-        before = s3.client()
-        while not before.list_objects_v2(Bucket=bucket, Prefix="out/checkpoints/step-").get("Contents"):
-            assert training.poll() is None
-            time.sleep(0.2)
-        faulty.gone(3600)
-        training.terminate()
-        assert training.wait(60) == 19
-    finally:
-        training.kill()
-    end = EndReport.model_validate_json((job.home / "termination-log").read_text())
-    assert (end.outcome, end.reason) == (Outcome.FAILED, "StorageUnavailable")
-    assert "saveDeadlineSeconds" in end.message
