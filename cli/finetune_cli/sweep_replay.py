@@ -28,6 +28,11 @@ KUBECTL_SECONDS = 120
 def replay_sweep(source: Path | None, name: str | None, namespace: str | None, warm: Path | None) -> int:
     """Makes all decisions again; 0 where they come out as they were kept, else 1. Raises UserError."""
     if source is not None:
+        if source.is_file() and "asOf" in _history_file(source).get("leftOut", ()):
+            raise UserError(
+                f"{source} cannot be replayed: of so many trials it does not hold what each decision knew; replay the cluster's objects",
+                1,
+            )
         sweep, jobs = load(source)
         other = load(warm) if warm is not None else _beside(source, sweep)
     else:
@@ -106,7 +111,7 @@ def from_cluster(name: str, namespace: str | None) -> Sweep:
 def _kubectl(arguments: Sequence[str], namespace: str | None) -> Object:
     if shutil.which("kubectl") is None:
         raise UserError(
-            "kubectl is not installed, and a sweep of a cluster is read through it: install it, or name a history.json", 1
+            "kubectl is not installed, and a sweep of a cluster is read through it: install it, or name its sweep.json", 1
         )
     where = ["-n", namespace] if namespace else []
     try:

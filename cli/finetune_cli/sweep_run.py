@@ -22,6 +22,7 @@ from finetune_api.failures import BY_EXIT_CODE, BY_REASON
 from finetune_api.manifest import parse_job, parse_sweep
 from finetune_api.names import Condition, Reason, State
 from finetune_api.sweep import MUTABLE, HyperparameterSweep
+from finetune_api.sweep_rules import check_start
 from finetune_cli import inputs, show, sweep_show
 from finetune_cli.alone import alone
 from finetune_cli.errors import UserError
@@ -100,6 +101,10 @@ def take_over(objects: Objects, sweep: HyperparameterSweep) -> Object:
     name = sweep.metadata["name"]
     kept = objects.all(names.KIND_SWEEP)
     if not kept:
+        try:
+            check_start(sweep.spec)
+        except ValueError as error:
+            raise UserError(f"spec.{error}") from error
         meta = {k: v for k, v in sweep.metadata.items() if k in ("name", "namespace", "labels", "annotations")}
         return objects.create({"apiVersion": names.API_VERSION, "kind": names.KIND_SWEEP, "metadata": meta, "spec": spec})
     stored = kept[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune_api import Recipe
 from finetune_api.sweep import HyperparameterSweep
-from finetune_api.sweep_rules import cells
+from finetune_api.sweep_rules import cells, check_start
 from finetune_cli import inputs, show
 from finetune_cli.errors import UserError
 from finetune_operator.search.suggest import algorithm_of
@@ -51,18 +51,20 @@ def _read(recipe: Recipe, name: str, s3_root: Path | None, dataset_mirror: str |
 
 
 def _show_plan(sweep: HyperparameterSweep) -> None:
-    """What the search will do."""
+    """What the search will do. Raises UserError where it cannot begin."""
     spec = sweep.spec
+    try:
+        check_start(spec)
+    except ValueError as error:
+        raise UserError(f"spec.{error}") from error
     grid = spec.search_algorithm.grid
     names = [f"{p.name} ({p.path or p.env})" for p in spec.parameters]
     show.line(f"{sweep.metadata['name']}: {spec.objective.direction} {spec.objective.metric} over {', '.join(names)}")
     count = sum(1 for _ in cells(spec.parameters, grid.points)) if grid is not None else spec.num_trials
-    trials = f"{min(count, spec.num_trials)} trials, {spec.parallel_trials} at a time"
+    trials = f"{count} trials, {spec.parallel_trials} at a time"
     chooses = f"grid of {count} cells" if grid is not None else algorithm_of(spec)
     given = f", the first {len(spec.initial_points)} as given" if spec.initial_points else ""
     show.line(f"{trials}, chosen by {chooses}{given}")
-    if grid is not None and count > spec.num_trials:
-        show.line(f"numTrials is {spec.num_trials}: {count - spec.num_trials} cells of the grid are not tried")
     rungs = spec.prune_algorithm.rungs
     judged = f"judged at {', '.join(map(str, rungs))} training examples seen" if rungs else "no trial is stopped early"
     show.line(judged)

@@ -46,7 +46,7 @@ MAX_NAME_LENGTH = 52
 """`<name>-<attempt>` names a Job and `<name>-<attempt>-<index>-<random>` its pods: 63 characters in all."""
 
 MAX_SWEEP_NAME_LENGTH = 45
-"""A trial is <sweep>-t0007, a repetition <sweep>-r0007-1."""
+"""A trial is <sweep>-t0007, a repetition <sweep>-r0007a."""
 
 # --- environment of the trainer process (the same in the pod and under `finetune run`) -------------------------------
 ENV_JOB = "FINETUNE_JOB"

@@ -369,8 +369,10 @@ class HyperparameterSweepSpec(Model):
             ".parameters",
         ),
         Cel(
-            "!has(self.promote) || has(self.trialTemplate.spec.task)",
-            "promote needs a recipe: a script's model is where the script puts it",
+            "!has(self.promote) || (has(self.trialTemplate.spec.task) && "
+            "(!has(self.trialTemplate.spec.trainer) || !has(self.trialTemplate.spec.trainer.command) || "
+            "size(self.trialTemplate.spec.trainer.command) == 0))",
+            "promote needs our own trainer: a script's model is where the script puts it",
             ".promote",
         ),
     )

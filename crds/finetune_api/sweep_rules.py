@@ -38,14 +38,21 @@ def check(spec: "HyperparameterSweepSpec") -> None:
     _conditions(spec.parameters)
     for index, point in enumerate(spec.initial_points):
         _initial_point(spec, index, point)
+    job = spec.trial_template.spec
+    if spec.promote is not None and (job.task is None or job.trainer.command):
+        raise ValueError("promote: needs our own trainer: a script's model is where the script puts it")
+    if spec.search_algorithm.grid is not None and spec.initial_points:
+        raise ValueError("initialPoints: a grid tries every combination: leave initialPoints out")
+
+
+def check_start(spec: "HyperparameterSweepSpec") -> None:
+    """The same for what must hold when a sweep begins. Not later: numTrials may be lowered while trials run."""
     if len(spec.initial_points) > spec.num_trials:
         raise ValueError(
             f"initialPoints: there are {len(spec.initial_points)} and numTrials is {spec.num_trials}: raise numTrials"
         )
     grid = spec.search_algorithm.grid
     if grid is not None:
-        if spec.initial_points:
-            raise ValueError("initialPoints: a grid tries every combination: leave initialPoints out")
         size = sum(1 for _ in islice(cells(spec.parameters, grid.points), spec.num_trials + 1))
         if size > spec.num_trials:
             whole = sum(1 for _ in islice(cells(spec.parameters, grid.points), 1_000_000))
@@ -54,6 +61,10 @@ def check(spec: "HyperparameterSweepSpec") -> None:
                 f"numTrials: the grid has {many} cells and numTrials is {spec.num_trials}: "
                 "raise numTrials, lower searchAlgorithm.grid.points, or use another algorithm"
             )
+        for cell in cells(spec.parameters, grid.points):
+            if problem := conflict(spec, cell):
+                shown = ", ".join(f"{name}={value}" for name, value in cell.items())
+                raise ValueError(f"parameters: the grid has the cell {shown}: {problem}. Use `when`, or other values")
 
 
 # -------------------------------------------------------------------------------------------------------- objective ----
@@ -140,7 +151,7 @@ def _extremes(parameter: "Parameter") -> list["Scalar"]:
 
 
 def _fits_the_recipe(spec: "HyperparameterSweepSpec", parameter: "Parameter", where: str, value: "Scalar") -> None:
-    """Whether the template with this value is one that the trainer takes. What depends on other parameters is found out by the trial."""
+    """Whether the template with this value is one that the trainer takes. What depends on other parameters: `conflict`."""
     document = spec.trial_template.spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
     put(document, str(parameter.path), value)
     try:
@@ -149,6 +160,22 @@ def _fits_the_recipe(spec: "HyperparameterSweepSpec", parameter: "Parameter", wh
         mine = [e for e in explain(error) if e.startswith(str(parameter.path))]
         if mine:
             raise ValueError(f"{where}.searchSpace: {mine[0]}") from error
+
+
+def conflict(spec: "HyperparameterSweepSpec", chosen: Mapping[str, "Scalar"]) -> str | None:
+    """Why the template does not take these values together, each of which it takes alone; None where it does."""
+    paths = {parameter.name: parameter.path for parameter in spec.parameters}
+    if not any(paths[name] for name in chosen):
+        return None
+    document = spec.trial_template.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for name, value in chosen.items():
+        if path := paths[name]:
+            put(document, path, value)
+    try:
+        FineTuneJobSpec.model_validate(document)
+    except ValidationError as error:
+        return explain(error)[0]
+    return None
 
 
 def put(document: dict[str, Any], path: str, value: Any) -> None:
@@ -203,6 +230,9 @@ def _initial_point(spec: "HyperparameterSweepSpec", index: int, point: Mapping[s
         when = known[name].when
         if when is not None and when.parameter in point and not _in(point[when.parameter], when.values):
             raise ValueError(f"{where}: {name} is not used where {when.parameter} is {point[when.parameter]!r}: leave it out")
+    whole = all(parameter.name in point or not is_active(parameter, point) for parameter in spec.parameters)
+    if whole and (problem := conflict(spec, point)):
+        raise ValueError(f"{where}: {problem}")
 
 
 def holds(parameter: "Parameter", value: "Scalar") -> bool:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import chart_docs
+import metrics_docs
 import schedule_plots
 from finetune_api import crd, docs
 
@@ -26,6 +27,7 @@ def outputs(root: Path) -> dict[Path, str]:
         Path("docs/reference/failures.md"): docs.failures_page(),
         Path("docs/reference/values.md"): chart_docs.values_page((root / CHART / "values.yaml").read_text(encoding="utf-8")),
         Path("docs/reference/permissions.md"): chart_docs.permissions_page(),
+        Path("docs/reference/metrics.md"): metrics_docs.metrics_page(),
         Path("docs/images/schedules.svg"): schedule_plots.svg(),
     }
 

@@ -117,7 +117,7 @@ def test_every_task_ends_in_a_model(installed: World, jobs: Jobs) -> None:
         made["metadata"]["name"] = file
         spec = made["spec"]
         spec["model"] |= {"uri": f"s3://{MODELS}/{source}"}
-        spec["dataset"] |= {"uri": f"s3://{DATA}/tiny", "maxLength": 16}
+        spec["dataset"] |= {"uri": f"s3://{DATA}/tiny", "maxLength": 16, "train": "train.jsonl", "validation": "validation.jsonl"}
         if file == "tokens":
             spec["dataset"]["labels"] = [label for label in spec["dataset"]["labels"] if not label.startswith("I-")]
         spec["hyperparameters"] = hyperparameters

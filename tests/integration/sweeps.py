@@ -18,7 +18,7 @@ from finetune_operator.domain.status import is_finished
 from finetune_operator.domain.trials import chosen, judgements
 from finetune_operator.domain.types import Settings
 from finetune_operator.kube.aio import AioCluster
-from finetune_operator.kube.port import JOBS, PODS, SWEEPS, AlreadyExists, Cluster, Conflict, Resource, Unavailable
+from finetune_operator.kube.port import CHILDREN, JOBS, PODS, SWEEPS, AlreadyExists, Cluster, Conflict, Resource, Unavailable
 from finetune_operator.observe.metrics import Metrics
 
 Object = dict[str, Any]
@@ -97,6 +97,16 @@ class Dying:
 
         for item in await self._call(all_items):
             yield item
+
+
+class DyingWhenClosing(Dying):
+    """Dies after it has made the Job that ends the sweep, before it can write that it did."""
+
+    async def create(self, resource: Resource, namespace: str, manifest: Object) -> Object:
+        made = await self.cluster.create(resource, namespace, manifest)
+        if resource is CHILDREN:
+            raise Killed
+        return made
 
 
 Score = Callable[[Object, int], float]

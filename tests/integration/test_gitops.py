@@ -1,6 +1,6 @@
-"""FineTuneJobs under GitOps on a real control plane: their health by Argo CD's Lua and Flux's CEL, and that a re-apply changes nothing.
+"""FineTuneJobs and sweeps under GitOps on a real control plane: health by Argo CD's Lua and Flux's CEL, and a re-apply changes nothing.
 
-The jobs of every state are made by the operator and scripted pods. The CEL runs in the API server, whose engine is the one of Flux.
+The jobs and sweeps of every state are made by the operator and scripted pods. The CEL runs in the API server, whose engine is the one of Flux.
 """
 
 import json
@@ -13,6 +13,7 @@ import yaml
 
 from integration import chart, peers
 from integration.jobs import Jobs, manifest, wait
+from integration.sweeps import METRIC, sweep
 from integration.test_operator_progress import Pod
 from testcluster import Cluster, PodRunner, PodScript, fail, hang, succeed, unschedulable
 from testcluster.operator import Operator
@@ -35,7 +36,16 @@ def documents(path: Path) -> list[Object]:
 
 def script(pod: Object) -> PodScript:
     bad_data = json.dumps({"outcome": "Failed", "reason": "DataInvalid", "message": "train.csv: line 3 has 2 fields"})
-    scripts = {"complete": succeed(), "failed": fail(11, bad_data), "restarting": fail(1), "pending": unschedulable()}
+    score = {"modelUri": "s3://models/x/model", "metrics": [{"name": METRIC, "value": "0.7"}]}
+    scripts = {
+        "complete": succeed(),
+        "failed": fail(11, bad_data),
+        "restarting": fail(1),
+        "pending": unschedulable(),
+        "complete-sweep-t0000": succeed(message=json.dumps({"outcome": "Complete", "result": score})),
+        "failed-sweep-t0000": fail(11, bad_data),
+        "": succeed(message=json.dumps({"outcome": "Complete"})),  # what closes a sweep
+    }
     return scripts.get(pod["metadata"]["labels"].get("finetune.dev/job", ""), hang(20))
 
 
@@ -53,7 +63,7 @@ def jobs(cluster: Cluster, operator: Operator, runner: PodRunner, namespace: str
 # ---------------------------------------------------------------------------------------------------------- health --
 @pytest.fixture(scope="module")
 def recorded(cluster: Cluster, operator: Operator, runner: PodRunner) -> Iterator[dict[str, Object]]:
-    """A job of every state, as the API server has it."""
+    """A job and a sweep of every state, as the API server has them."""
     cluster.kubectl("create", "namespace", "recorded")
     jobs = Jobs(cluster, "recorded")
     wait(lambda: not cluster.kubectl("-n", "recorded", "get", "sa", "default", check=False).returncode, "its ServiceAccount")
@@ -62,6 +72,9 @@ def recorded(cluster: Cluster, operator: Operator, runner: PodRunner) -> Iterato
     restarts = {"failurePolicy": {"maxRestarts": 50}}
     names = ("pending", "running", "stopped", "complete", "failed")
     jobs.apply(*map(manifest, names), queued, manifest("suspended", suspend=True), manifest("restarting", **restarts))
+    one = {"numTrials": 1, "parallelTrials": 1, "maxFailedTrials": 0}
+    jobs.apply(*(sweep(f"{name}-sweep", **one) for name in ("running", "complete", "failed")))
+    jobs.apply(sweep("suspended-sweep", suspend=True, **one))
     unseen = cluster.kubectl(
         "-n", "recorded", "create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(manifest("x"))
     )
@@ -79,19 +92,21 @@ def recorded(cluster: Cluster, operator: Operator, runner: PodRunner) -> Iterato
     wait(lambda: jobs.condition("pending", "Running").get("reason") == "Unschedulable", "Unschedulable")
 
     def of(name: str, state: str) -> Object:
+        kind = "hps" if name.endswith("-sweep") else "ftj"
         found: Object = wait(
-            lambda: o if (o := jobs.get(name)).get("status", {}).get("state") == state else None, f"{name} {state}"
+            lambda: o if (o := jobs.get(name, kind)).get("status", {}).get("state") == state else None, f"{name} {state}"
         )
         return found
 
     states = {name: name.title() for name in ("pending", "running", "complete", "failed", "queued", "suspended", "restarting")}
+    states |= {f"{name}-sweep": name.title() for name in ("running", "complete", "failed", "suspended")}
     found = {name: of(name, state) for name, state in states.items()}
     yield found | {"stopped": of("stopped", "Complete"), "unseen": json.loads(unseen.stdout)}
     cluster.kubectl("delete", "namespace", "recorded", "--wait=false")
 
 
 HEALTH = {
-    "unseen": ("Progressing", "The operator has not seen this version of the job yet.", "inProgress"),
+    "unseen": ("Progressing", "The operator has not seen this version yet.", "inProgress"),
     "pending": ("Progressing", "Pending: 0/1 nodes are available", "inProgress"),
     "queued": ("Progressing", "Queued: The queue has not admitted the Job.", "inProgress"),
     "running": ("Progressing", "Running, 40 %, about 3 min left", "inProgress"),
@@ -100,6 +115,10 @@ HEALTH = {
     "complete": ("Healthy", "The model is trained.", "current"),
     "stopped": ("Healthy", "Stopped by spec.stop.", "current"),
     "failed": ("Degraded", "DataInvalid: train.csv: line 3 has 2 fields", "failed"),
+    "running-sweep": ("Progressing", "Running, 0/1 trials", "inProgress"),
+    "suspended-sweep": ("Suspended", "Suspended by spec.suspend; no trials are running.", "current"),
+    "complete-sweep": ("Healthy", "All 1 trials have ended", "current"),
+    "failed-sweep": ("Degraded", "TooManyFailed: ", "failed"),
 }
 
 
@@ -112,8 +131,9 @@ def test_health_in_argo_cd(recorded: dict[str, Object], name: str) -> None:
 
 def healthcheck() -> dict[str, str]:
     [kustomization] = [o for o in documents(GITOPS / "flux" / "jobs.yaml") if o["kind"] == "Kustomization"]
-    [expressions] = kustomization["spec"]["healthCheckExprs"]
+    expressions, of_sweeps = kustomization["spec"]["healthCheckExprs"]
     assert (expressions.pop("apiVersion"), expressions.pop("kind")) == (JOB["apiVersion"], JOB["kind"])
+    assert of_sweeps == {"apiVersion": JOB["apiVersion"], "kind": "HyperparameterSweep", **expressions}
     found: dict[str, str] = expressions
     return found
 
@@ -326,7 +346,8 @@ def test_what_is_free_text_for_the_api_server_is_what_argo_cd_knows() -> None:
                 assert f"- {option}\n" in manual, option
             for key, text in document.get("data", {}).items():
                 first, second, what, *kind = key.split(".")
-                assert (first, second, ".".join(kind)) == ("resource", "customizations", "finetune.dev_FineTuneJob")
+                assert (first, second) == ("resource", "customizations")
+                assert ".".join(kind) in ("finetune.dev_FineTuneJob", "finetune.dev_HyperparameterSweep")
                 assert what in customizations
                 if what.startswith("ignore"):
                     assert [field for field in yaml.safe_load(text) if f'json:"{field}"' not in types] == []

@@ -20,7 +20,7 @@ from finetune_operator.domain.trials import chosen
 from finetune_operator.kube.aio import AioCluster, load_configuration
 from finetune_operator.kube.port import CHILDREN, JOBS, SWEEPS, AlreadyExists, Conflict, Refused, Unavailable
 from integration.jobs import wait
-from integration.sweeps import METRIC, Faulty, Hand, Killed, Object, Runs, decisions, sweep
+from integration.sweeps import METRIC, DyingWhenClosing, Faulty, Hand, Killed, Object, Runs, decisions, sweep
 from testcluster import Cluster
 
 
@@ -108,6 +108,15 @@ async def test_killed_before_and_after_any_call_it_decides_the_same(cluster: Aio
             runs = Runs(cluster, place, Hand(cluster, place, score))
             decided, _ = await _decided(runs, name, at, after=after)
             assert _renamed(decided, name) == _renamed(expected, "plain"), f"killed {'after' if after else 'before'} call {at}"
+
+
+async def test_killed_when_it_has_made_the_job_that_ends_it(runs: Runs, cluster: AioCluster) -> None:
+    """The status does not lead to that Job yet. Every later look met a Job that was there already, and the sweep never ended."""
+    await runs.create(sweep("closing", numTrials=2, parallelTrials=2))
+    runs.reconciler.cluster = runs.dying = DyingWhenClosing(cluster)  # type: ignore[assignment]
+    found = await runs.run("closing")
+    assert found["status"]["state"] == "Complete"
+    assert runs.calls > 0, "it was never killed"
 
 
 async def _decided(runs: Runs, name: str, at: int | None, *, after: bool = False) -> tuple[list[Any], int]:
@@ -205,6 +214,14 @@ def parameter(space: Object, path: str = "hyperparameters.learningRate", **more:
         ),
         (spoiled(searchAlgorithm={"tpe": {}, "gp": {}}), "set exactly one of auto, grid"),
         (spoiled(constraints=[{"metric": "validation/loss", "min": 2, "max": 1}]), "no value is allowed"),
+        (
+            spoiled(
+                pruneAlgorithm={"none": {}},
+                promote={"storageUri": "s3://models/best"},
+                trialTemplate={"spec": {**sweep("x")["spec"]["trialTemplate"]["spec"], "trainer": {"command": ["mine"]}}},
+            ),
+            "promote needs our own trainer",
+        ),
     ],
 )
 async def test_the_api_server_refuses(runs: Runs, manifest: Object, sentence: str) -> None:
@@ -219,6 +236,16 @@ async def test_the_api_server_refuses(runs: Runs, manifest: Object, sentence: st
         (spoiled(parameters=parameter({"uniform": {"min": 1, "max": 100}})), "less than or equal to 10"),
         (spoiled(objective={"metric": "validation/f0", "direction": "Maximize"}), "it has validation/macro_f1"),
         (spoiled(searchAlgorithm={"grid": {"points": 5}}), "the grid has 15 cells and numTrials is 12"),
+        (
+            spoiled(
+                searchAlgorithm={"grid": {}},
+                parameters=[
+                    {"name": name, "path": f"hyperparameters.{name}", "searchSpace": {"categorical": {"values": [8, 16]}}}
+                    for name in ("batchSize", "microBatchSize")
+                ],
+            ),
+            "the grid has the cell batchSize=8, microBatchSize=16",
+        ),
         (
             spoiled(
                 parameters=[
@@ -274,6 +301,18 @@ async def test_failures_of_parameters_are_learned_from_and_others_are_not(runs: 
     assert (status["trials"]["failed"], status["trials"]["lost"]) == (1, 1)
 
 
+async def test_a_sweep_of_the_name_of_a_finished_one_is_heard(runs: Runs, place: str) -> None:
+    """As kubectl replace --force does: the next look finds the new one, and never that the old one was gone."""
+    await runs.create(sweep("twice", numTrials=2, parallelTrials=2))
+    old = await runs.run("twice")
+    key = (place, "twice")
+    assert key in runs.reconciler.finished
+    await runs.cluster.delete(SWEEPS, place, "twice", old["metadata"]["uid"])
+    await runs.create(sweep("twice", numTrials=3, parallelTrials=1))
+    await runs.reconciler.reconcile(key)
+    assert key not in runs.reconciler.finished, "events of its trials are dropped"
+
+
 # ------------------------------------------------------------------------------------------------------ what changes ---
 async def test_immutable_and_mutable(runs: Runs, place: str) -> None:
     await runs.create(sweep("fixed"))
@@ -289,6 +328,12 @@ async def test_immutable_and_mutable(runs: Runs, place: str) -> None:
             await runs.cluster.patch(SWEEPS, place, "fixed", {"spec": spec})
     await runs.cluster.patch(SWEEPS, place, "fixed", {"spec": {"numTrials": 5, "parallelTrials": 1}})
     assert (await runs.run("fixed"))["status"]["trials"]["created"] == 5
+    # Fewer than there are points, which would be refused at the start.
+    await runs.create(sweep("fewer", initialPoints=[{"lr": rate} for rate in (1e-4, 1e-3, 2e-3)], parallelTrials=1))
+    await runs.look("fewer")
+    await runs.cluster.patch(SWEEPS, place, "fewer", {"spec": {"numTrials": 2}})
+    fewer = (await runs.run("fewer"))["status"]
+    assert (fewer["state"], fewer["trials"]["created"]) == ("Complete", 2)
 
 
 async def test_suspend_and_resume(runs: Runs, place: str) -> None:
@@ -385,7 +430,7 @@ async def test_promotion_repeats_the_best_and_the_best_mean_wins(runs: Runs) -> 
     jobs = {job["metadata"]["name"]: job for job in await runs.hand.jobs("best")}
     repeats = {name: job for name, job in jobs.items() if "-r0" in name}
     top = [row["trial"] for row in found["status"]["top"][:2]]
-    assert sorted(repeats) == sorted(f"{name.replace('-t', '-r')}-{n}" for name in top for n in (1, 2))
+    assert sorted(repeats) == sorted(f"{name.replace('-t', '-r')}{letter}" for name in top for letter in "ab")
     assert {job["spec"]["hyperparameters"]["seed"] for job in repeats.values()} == {43, 44}
     assert all("test" not in job["spec"]["dataset"] for job in jobs.values())
     assert [row["trial"] for row in found["status"]["repetitions"]] == top

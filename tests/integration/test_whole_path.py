@@ -141,6 +141,21 @@ def test_suspend_saves_first_and_resume_goes_on(jobs: Jobs, bucket: str, s3: S3S
     assert status["restarts"] == 0
 
 
+def test_a_failed_job_goes_on_when_it_is_deleted_and_applied_again(jobs: Jobs, bucket: str, processes: PodRunner) -> None:
+    made = job("again", epochs=8)
+    made["spec"]["failurePolicy"] = {"maxRestarts": 0}
+    jobs.apply(made)
+    saved = wait(lambda: jobs.status("again").get("checkpoint"), "a checkpoint in the status")
+    os.kill(processes.process_of(jobs.wait_pod("again-1")), signal.SIGKILL)
+    jobs.wait_state("again", "Failed")
+    jobs.cluster.kubectl("-n", jobs.namespace, "delete", "ftj", "again")
+    wait(lambda: not jobs.list("pods"), "pods gone")
+    jobs.apply(made)
+    status = jobs.wait_state("again", "Complete")
+    assert status["resumedFrom"]["step"] >= saved["step"]
+    assert (status["attempt"], status["restarts"]) == (1, 0)
+
+
 def test_a_recreated_job_completes_without_training(jobs: Jobs, bucket: str) -> None:
     jobs.apply(job("twice", epochs=1))
     jobs.wait_state("twice", "Complete")

@@ -1,4 +1,4 @@
-"""Argo CD's health of a FineTuneJob: the odd objects. Those that jobs really go through are in integration/test_gitops.py.
+"""Argo CD's health of a FineTuneJob and of a sweep: the odd objects. Those that they really go through are in integration/test_gitops.py.
 
 `health` runs the Lua as Argo CD does: Lua 5.1, without the string, math and io libraries.
 """
@@ -53,7 +53,7 @@ def condition(kind: str, status: str = "True", reason: str = "Because", message:
 
 def test_without_a_status_it_is_progressing() -> None:
     bare = {"metadata": {"generation": 1}, "spec": {"suspend": False}}
-    assert health(bare) == ("Progressing", "The operator has not seen this version of the job yet.")
+    assert health(bare) == ("Progressing", "The operator has not seen this version yet.")
     assert health({**bare, "status": {}})[0] == "Progressing"
 
 
@@ -61,7 +61,7 @@ def test_a_status_of_an_older_generation_is_progressing() -> None:
     running = [condition("Running")]
     assert health(job(running, generation=2, state="Running")) == (
         "Progressing",
-        "The operator has not seen this version of the job yet.",
+        "The operator has not seen this version yet.",
     )
     assert health(job([condition("Suspended")], generation=2, suspend=True))[0] == "Progressing"
 
@@ -105,8 +105,22 @@ def test_how_far_it_is(trainer: Object, says: str) -> None:
     assert health(job([condition("Running")], state="Running", trainerStatus=trainer)) == ("Progressing", says)
 
 
-def test_the_config_map_holds_the_same_lua() -> None:
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({}, "Running"),
+        ({"progress": "3/12"}, "Running, 3/12 trials"),
+        ({"progress": "3/12", "estimatedRemainingSeconds": 130}, "Running, 3/12 trials, about 3 min left"),
+    ],
+)
+def test_how_far_a_sweep_is(more: Object, says: str) -> None:
+    assert health(job([condition("Running")], state="Running", **more)) == ("Progressing", says)
+
+
+@pytest.mark.parametrize("kind", ["FineTuneJob", "HyperparameterSweep"])
+def test_the_config_map_holds_the_same_lua(kind: str) -> None:
     data = yaml.safe_load((ARGOCD / "argocd-cm.yaml").read_text(encoding="utf-8"))["data"]
-    assert data["resource.customizations.health.finetune.dev_FineTuneJob"] == (ARGOCD / "health.lua").read_text(encoding="utf-8")
-    ignored = yaml.safe_load(data["resource.customizations.ignoreResourceUpdates.finetune.dev_FineTuneJob"])
+    lua = data[f"resource.customizations.health.finetune.dev_{kind}"]
+    assert lua == (ARGOCD / "health.lua").read_text(encoding="utf-8")
+    ignored = yaml.safe_load(data[f"resource.customizations.ignoreResourceUpdates.finetune.dev_{kind}"])
     assert ignored == {"jsonPointers": ["/status"]}

@@ -1,4 +1,5 @@
--- Health of a FineTuneJob as Argo CD shows it. Lua there has only the base, table and os libraries: no string, no math.
+-- Health of a FineTuneJob or a HyperparameterSweep as Argo CD shows it.
+-- Lua there has only the base, table and os libraries: no string, no math.
 local status = obj.status or {}
 local conditions = {}
 for _, condition in ipairs(status.conditions or {}) do
@@ -9,7 +10,7 @@ local function is_true(kind)
   return conditions[kind] ~= nil and conditions[kind].status == "True"
 end
 
--- First, because they are final: a finished job never runs again, whatever is changed afterwards.
+-- First, because they are final: what is finished never runs again, whatever is changed afterwards.
 if is_true("Failed") then
   return { status = "Degraded", message = conditions.Failed.reason .. ": " .. conditions.Failed.message }
 end
@@ -18,21 +19,24 @@ if is_true("Complete") then
 end
 
 if status.observedGeneration == nil or status.observedGeneration < obj.metadata.generation then
-  return { status = "Progressing", message = "The operator has not seen this version of the job yet." }
+  return { status = "Progressing", message = "The operator has not seen this version yet." }
 end
--- Only where it is wanted: a job that is being resumed still has the condition for a moment.
+-- Only where it is wanted: what is being resumed still has the condition for a moment.
 if obj.spec.suspend and is_true("Suspended") then
-  return { status = "Suspended", message = "Suspended by spec.suspend; no pods are running." }
+  return { status = "Suspended", message = conditions.Suspended.message }
 end
 
 local message = status.state or "Pending"
 local running = conditions.Running or {}
 if running.status == "True" then
+  -- A job tells of its training, a sweep of its trials.
   local trainer = status.trainerStatus or {}
   if trainer.progressPercentage ~= nil then
     message = message .. ", " .. trainer.progressPercentage .. " %"
+  elseif status.progress ~= nil then
+    message = message .. ", " .. status.progress .. " trials"
   end
-  local seconds = trainer.estimatedRemainingSeconds
+  local seconds = trainer.estimatedRemainingSeconds or status.estimatedRemainingSeconds
   if seconds ~= nil then
     message = message .. ", about " .. (seconds - seconds % 60) / 60 + 1 .. " min left"
   end

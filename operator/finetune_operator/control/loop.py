@@ -62,10 +62,12 @@ class KeyLoop(ABC):
             except port.ApiError as error:
                 log.warning("%s %s/%s: %s; trying again", self.kind, *key, error)
                 self.metrics.reconcile_errors.labels(error.reason).inc()
+                self.outdated(key)  # a write whose answer was lost may have been made
                 self.queue.retry(key, at_least=error.retry_after or 0.0)
             except Exception as error:
                 log.exception("%s %s/%s: unexpected error", self.kind, *key)
                 self.metrics.reconcile_errors.labels(type(error).__name__).inc()
+                self.outdated(key)
                 self.queue.retry(key, at_least=1.0)
             else:
                 self.queue.forget(key)

@@ -68,8 +68,11 @@ class ProgressServer:
     def app(self, *middlewares: Middleware) -> web.Application:
         """The aiohttp application."""
         app = web.Application(client_max_size=MAX_PROGRESS_BYTES, middlewares=middlewares)
+        # Nothing but names: "x%2F..%2Fname" would lead to the same object under a key, and an allowance, of its own.
+        name = "[a-z0-9][-a-z0-9.]*"
         app.router.add_post(
-            f"/v1/namespaces/{{namespace}}/{names.PLURAL_JOB}/{{name}}/attempts/{{attempt:\\d+}}/progress", self.post
+            f"/v1/namespaces/{{namespace:{name}}}/{names.PLURAL_JOB}/{{name:{name}}}/attempts/{{attempt:\\d+}}/progress",
+            self.post,
         )
         return app
 

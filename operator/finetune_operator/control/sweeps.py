@@ -66,6 +66,8 @@ class SweepReconciler(KeyLoop):
         except port.NotFound:
             self.forget(key)
             return
+        if not is_finished(sweep.get("status") or {}):
+            self.finished.discard(key)  # another one of that name had ended
         observed = await self.observe(key, sweep)
         decision = await asyncio.to_thread(decide_sweep, observed, datetime.now(UTC), self.settings)
         decision = await self._apply(key, observed, decision)
@@ -121,7 +123,8 @@ class SweepReconciler(KeyLoop):
         uid = sweep["metadata"]["uid"]
         known = self._known.get(key)
         if known is None or known.uid != uid:
-            known = self._known[key] = Known(uid, await self._listed(key, uid))
+            known = self._known[key] = Known(uid)  # first: what happens while they are listed is newer
+            known.jobs |= await self._listed(key, uid)
             return known.jobs
         if time.monotonic() - known.read > READ_ALL_SECONDS:
             known.touched, known.read = set(known.jobs), time.monotonic()
@@ -143,7 +146,7 @@ class SweepReconciler(KeyLoop):
         warm = await self._get(SWEEPS, namespace, name)
         if warm is None or not is_finished(warm.get("status") or {}):
             return replace(observed, warm=warm)
-        known = self._known[(namespace, observed.sweep["metadata"]["name"])]
+        known = self._known.get((namespace, observed.sweep["metadata"]["name"])) or Known("")
         if known.warm is None:
             known.warm = list((await self._listed((namespace, name), warm["metadata"]["uid"])).values())
         return replace(observed, warm=warm, warm_trials=known.warm)
@@ -189,20 +192,26 @@ class SweepReconciler(KeyLoop):
                 raise port.Refused(
                     409, "NameConflict", f"a {manifest['kind']} of that name exists that is not this sweep's"
                 ) from error
-            # Made by an operator that died before it could say so. Its parameters win; what comes after it is decided anew.
-            raise
+            # Made by an operator that died before it could say so.
+            if resource is CHILDREN:
+                return  # what ends the sweep: the status that this look writes leads to it
+            raise  # a trial: its parameters win; what comes after it is decided anew
         log.info("sweep %s/%s: created %s %s", *key, manifest["kind"], name)
         if resource is JOBS:
-            self._known[key].jobs[name] = made
+            self._keep(key, made)
 
     async def _patch(self, key: Key, action: PatchTrial) -> None:
         try:
             # With the uid in it the patch is refused where another object has the name by now.
             body = {**action.patch, "metadata": {**action.patch.get("metadata", {}), "uid": action.uid}}
-            self._known[key].jobs[action.name] = await self.cluster.patch(JOBS, key[0], action.name, body)
+            self._keep(key, await self.cluster.patch(JOBS, key[0], action.name, body))
             log.info("sweep %s/%s: %s: %s", *key, action.name, ", ".join(sorted(action.patch)))
         except port.NotFound:
             self.relist(key)
+
+    def _keep(self, key: Key, job: Object) -> None:
+        if known := self._known.get(key):  # else it was told to read all anew meanwhile
+            known.jobs[job["metadata"]["name"]] = job
 
     async def _delete(self, key: Key, action: DeleteSweep) -> None:
         with contextlib.suppress(port.NotFound, port.Conflict):  # gone, or another one by now

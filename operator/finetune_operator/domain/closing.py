@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune_api import FineTuneJob, names
+from finetune_api.defaults import with_defaults
 from finetune_api.manifest import parse_job
 from finetune_api.sweep import HyperparameterSweep
 from finetune_operator.domain import trials as t
@@ -31,6 +32,7 @@ def build_closing(
     job = _job(sweep, winner, run)
     if job is None:
         return None
+    job = with_defaults(job, settings.defaults)  # as for the trials: credentials, pull secrets, queue
     name = closing_name(sweep.metadata["name"])
     labels = {names.LABEL_MANAGED_BY: names.MANAGER, names.LABEL_SWEEP: sweep.metadata["name"]}
     manifest = build_child(job, 1, settings)

@@ -14,6 +14,8 @@ from finetune_operator.domain.types import Object
 from finetune_operator.search.types import Study, Trial, Verdict
 
 KIND = "SweepHistory"
+ROOM = 1_000_000
+"""Characters in all: an object of the API server has up to 1.5 MiB, and a process up to 2 MiB of environment."""
 PIECE = 96 * 1024
 """Characters of one environment variable: the kernel takes no string of more than 128 KiB (MAX_ARG_STRLEN)."""
 
@@ -47,7 +49,7 @@ def _trial(study: Study, sweep: HyperparameterSweep, trial: Trial, job: Object |
         return row
     status, said = job.get("status") or {}, t.chosen(job)
     if said is not None:
-        row |= {"algorithm": said.algorithm, "engine": said.engine, "asOf": said.as_of.to_json()}
+        row |= {"algorithm": said.algorithm, "engine": said.engine, "prior": said.prior, "asOf": said.as_of.to_json()}
     if trial.value is not None:
         row["value"] = trial.value
     for kind in (Condition.FAILED, Condition.COMPLETE):
@@ -73,16 +75,18 @@ def objects(document: Object) -> tuple[Object, list[Object]]:
     told = document["sweep"]
     meta = {key: told[key] for key in ("name", "namespace", "uid")}
     sweep = {"apiVersion": names.API_VERSION, "kind": names.KIND_SWEEP, "metadata": meta, "spec": told["spec"]}
-    rows = [_object(sweep, row) for row in document["trials"] if "asOf" in row]
+    rows = [_object(sweep, row) for row in document["trials"] if "engine" in row]
     return {**sweep, "status": document["status"]}, rows
 
 
 def _object(sweep: Object, row: Object) -> Object:
     metric = sweep["spec"]["objective"]["metric"]
-    said = {key: row[key] for key in ("index", "parameters", "algorithm", "engine", "asOf")}
+    said = {key: row[key] for key in ("index", "parameters", "algorithm", "engine")}
+    said |= {"prior": row.get("prior", 0), "asOf": row.get("asOf", {"trials": row["index"]})}
     annotations = {names.ANNOTATION_TRIAL: t.compact(said)}
     for told in row["verdicts"]:
-        verdict, known = Verdict(told["stop"], told["rank"], told["of"]), t.AsOf.from_json(told["asOf"])
+        verdict = Verdict(told["stop"], told["rank"], told["of"])
+        known = t.AsOf.from_json(told.get("asOf", {"trials": 0}))
         patch = t.verdict_patch(told["examples"], told["value"], verdict, known)
         annotations |= patch["metadata"]["annotations"]
     conditions = []
@@ -102,7 +106,7 @@ def _object(sweep: Object, row: Object) -> Object:
         "spec": {},
         "status": {
             "conditions": conditions,
-            "evaluations": [{"examples": at, "metrics": [_metric(metric, value)]} for at, value in row["evaluations"]],
+            "evaluations": [{"examples": at, "metrics": [_metric(metric, value)]} for at, value in row.get("evaluations", ())],
             "result": {"metrics": [_metric(name, value) for name, value in row["metrics"].items()]},
             "activeSeconds": row["activeSeconds"],
             "gpuSeconds": row["gpuSeconds"],
@@ -116,6 +120,24 @@ def _metric(name: str, value: float) -> Object:
 
 
 def pack(document: Object) -> list[str]:
-    """As pieces of text that fit into environment variables: base64 of gzip of JSON. The same document gives the same pieces."""
-    packed = base64.b64encode(gzip.compress(t.compact(document).encode(), mtime=0)).decode()
+    """As pieces of text that fit into environment variables: base64 of gzip of JSON. The same document gives the same pieces.
+
+    Of thousands of trials what has no room is left out, and named in `leftOut`: the curves, then what decisions knew (a replay needs it)."""
+    for left_out in ((), ("evaluations",), ("evaluations", "asOf")):
+        packed = base64.b64encode(gzip.compress(t.compact(_without(document, left_out)).encode(), mtime=0)).decode()
+        if len(packed) <= ROOM:
+            break
     return [packed[at : at + PIECE] for at in range(0, len(packed), PIECE)]
+
+
+def _without(document: Object, keys: Sequence[str]) -> Object:
+    if not keys:
+        return document
+
+    def cut(row: Object) -> Object:
+        return {key: value for key, value in row.items() if key not in keys}
+
+    rows = [
+        cut(row) | ({"verdicts": [cut(v) for v in row["verdicts"]]} if "verdicts" in row else {}) for row in document["trials"]
+    ]
+    return {**document, "leftOut": list(keys), "trials": rows}

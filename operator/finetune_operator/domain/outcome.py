@@ -9,8 +9,6 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
-from pydantic import ValidationError
-
 from finetune_api.failures import BY_EXIT_CODE, BY_REASON, FailureClass
 from finetune_api.names import CONTAINER
 from finetune_api.report import EndReport
@@ -72,7 +70,7 @@ def end_report(pod: Object) -> EndReport | None:
     message = (terminated(pod) or {}).get("message") or ""
     try:
         return EndReport.model_validate(json.loads(message))
-    except (json.JSONDecodeError, ValidationError):
+    except (ValueError, RecursionError):  # json recurses with the nesting of what it reads
         return None
 
 

@@ -86,6 +86,9 @@ def _suggestion(study: Study, records: Sequence[Trial], job: Object) -> Mismatch
     if said.engine != engine():
         message = f"cannot be replayed: it was chosen by engine {said.engine}, and this is {engine()}"
         return Mismatch(name, "parameters", message, False)
+    if said.prior != len(study.prior):
+        message = f"cannot be replayed: it knew {said.prior} trials of the sweep that it started warm from; there are {len(study.prior)}"
+        return Mismatch(name, "parameters", message, False)
     again = suggest(study, then, said.index)
     if again is None:
         return Mismatch(name, "parameters", f"the grid has no cell {said.index}")

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from finetune_api import names
-from finetune_api.manifest import ManifestError, parse_sweep
+from finetune_api.manifest import ManifestError, parse_job, parse_sweep
 from finetune_api.names import Condition, Reason, State
 from finetune_api.sweep import HyperparameterSweep
+from finetune_api.sweep_rules import check_start
 from finetune_operator.domain import trials as t
 from finetune_operator.domain.closing import build_closing, closing_end
 from finetune_operator.domain.history import history
@@ -41,10 +42,17 @@ def decide_sweep(observed: SweepObserved, now: datetime, settings: Settings) -> 
     if is_finished(old):
         return _expire(raw, old, now)
     draft = SweepDraft(old, raw["metadata"].get("generation", 1), now)
+    begun = bool(observed.trials or (old.get("trials") or {}).get("created"))
     try:
         sweep = parse_sweep({k: raw[k] for k in ("apiVersion", "kind", "metadata", "spec")})
-    except ManifestError as error:
-        return draft.fail(Reason.SWEEP_INVALID, "; ".join(error.problems))
+        if not begun:
+            check_start(sweep.spec)
+    except ValueError as error:
+        said = "; ".join(error.problems) if isinstance(error, ManifestError) else f"spec.{error}"
+        if begun:
+            # It was understood when it began: this operator is older than the one that began it. What trains goes on.
+            return SweepDecision(old, (Event("Warning", "NotUnderstood", f"Upgrade the operator. It knows no: {said}"),))
+        return draft.fail(Reason.SWEEP_INVALID, said)
     return _Reconcile(sweep, observed, now, settings, draft).decide()
 
 
@@ -78,6 +86,8 @@ class _Reconcile:
         counted = int((draft.old.get("trials") or {}).get("created") or 0)
         self.created = max([counted, *(index + 1 for index in observed.trials)])
         self.trials: list[Trial] = []
+        self.cold = ""
+        """Why the search goes on without the trials that it started warm from."""
 
     def decide(self) -> SweepDecision:
         if waiting := self._warm_start():
@@ -91,7 +101,11 @@ class _Reconcile:
         over = self._over(costs)
         suspended = self._suspend()
         if over is None and not suspended:
-            over = self._create(costs)
+            try:
+                over = self._create(costs)
+            except ManifestError as error:
+                said = f"parameters: values that the recipe takes alone are not taken together: {'; '.join(error.problems)}"
+                return self._end_badly(Reason.SWEEP_INVALID, f"{said}. Create a sweep with another space, or with `when`.")
         # Without what runs: a status that grows by the second would be written by the second.
         self.draft.describe(self.sweep, self.study, self.trials, self.observed.trials, t.spent(jobs))
         if suspended:
@@ -102,24 +116,33 @@ class _Reconcile:
 
     # ------------------------------------------------------------------------------------------------------ before ------
     def _warm_start(self) -> SweepDecision | None:
-        """Takes over the trials of the sweep that this one starts warm from; what to do while that cannot be done."""
+        """Takes over the trials of the sweep that this one starts warm from; what to do while that cannot be done. Once trials run, nothing
+        waits for it any more: a sweep that is deleted meanwhile is missed by the search alone."""
         if self.spec.warm_start_from is None:
             return None
-        name = self.spec.warm_start_from.name
+        name, other = self.spec.warm_start_from.name, None
         if self.observed.warm is None:
-            return self._wait(State.PENDING, Reason.WARM_START_WAITING, f"warmStartFrom: there is no sweep {name} yet.")
-        try:
-            other = parse_sweep({k: self.observed.warm[k] for k in ("apiVersion", "kind", "metadata", "spec")})
-        except ManifestError as error:
-            return self.draft.fail(Reason.SWEEP_INVALID, f"warmStartFrom: {name} cannot be read: {'; '.join(error.problems)}")
-        if other.spec.parameters != self.spec.parameters or other.spec.objective.metric != self.spec.objective.metric:
-            return self.draft.fail(
-                Reason.SWEEP_INVALID, f"warmStartFrom: {name} has other parameters or another objective: leave warmStartFrom out"
-            )
-        if not is_finished(self.observed.warm.get("status") or {}):
-            return self._wait(State.PENDING, Reason.WARM_START_WAITING, f"warmStartFrom: waiting for the end of {name}.")
-        self.study = warm_study(self.sweep, other, self.observed.warm_trials)
-        return None
+            wrong, reason = f"there is no sweep {name}", Reason.WARM_START_WAITING
+        else:
+            try:
+                other = parse_sweep({k: self.observed.warm[k] for k in ("apiVersion", "kind", "metadata", "spec")})
+            except ManifestError as error:
+                wrong, reason = f"{name} cannot be read: {'; '.join(error.problems)}", Reason.SWEEP_INVALID
+        if other is not None:
+            if other.spec.parameters != self.spec.parameters or other.spec.objective.metric != self.spec.objective.metric:
+                wrong = f"{name} has other parameters or another objective: leave warmStartFrom out"
+                reason = Reason.SWEEP_INVALID
+            elif not is_finished((self.observed.warm or {}).get("status") or {}):
+                wrong, reason = f"{name} has not ended", Reason.WARM_START_WAITING
+            else:
+                self.study = warm_study(self.sweep, other, self.observed.warm_trials)
+                return None
+        if self.created:
+            self.cold = f" warmStartFrom: {wrong}; the search goes on without its trials."
+            return None
+        if reason is Reason.SWEEP_INVALID:
+            return self.draft.fail(reason, f"warmStartFrom: {wrong}")
+        return self._wait(State.PENDING, reason, f"warmStartFrom: {wrong} yet.")
 
     def _unknown_metric(self) -> str | None:
         """The sentence about an objective that no trial reports, once one has evaluated."""
@@ -176,7 +199,8 @@ class _Reconcile:
         return over and Finished(over.why, f"{over.message[0].upper()}{over.message[1:]}.")
 
     def _create(self, costs: Spent) -> Finished | None:
-        """Trials for the free places; why there are no more, if that shows here."""
+        """Trials for the free places; why there are no more, if that shows here. Raises ManifestError where the recipe takes none of the
+        combinations that were drawn."""
         if self.observed.refused:
             return None
         busy = sum(not is_finished(job.get("status") or {}) for job in self.observed.trials.values())
@@ -184,7 +208,9 @@ class _Reconcile:
             suggestion = suggest(self.study, self.trials, self.created)
             if suggestion is None:
                 break
-            manifest = t.build_trial(self.sweep, self.created, suggestion, t.AsOf.now(self.trials))
+            known = t.AsOf.now(self.trials)
+            manifest = t.build_trial(self.sweep, self.created, suggestion, known, len(self.study.prior))
+            parse_job(manifest)
             self.actions.append(CreateTrial(manifest))
             self.trials.append(Trial(self.created, suggestion.parameters))
             self.created += 1
@@ -200,7 +226,7 @@ class _Reconcile:
         if spec.parallel_trials * 10 > spec.num_trials and new["plan"]["algorithm"] in ("tpe", "gp"):
             message += f" A search that learns does best with parallelTrials of {max(1, spec.num_trials // 10)} or less."
         self.draft.state(State.RUNNING)
-        self.draft.set(Condition.RUNNING, True, Reason.TRIALS_RUNNING, message)
+        self.draft.set(Condition.RUNNING, True, Reason.TRIALS_RUNNING, message + self.cold)
         return SweepDecision(self.draft.done(), tuple(self.actions), self._budget_alarm())
 
     def _budget_alarm(self) -> float | None:

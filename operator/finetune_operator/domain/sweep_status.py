@@ -99,7 +99,8 @@ class SweepDraft(Conditions):
             "rungs": list(spec.prune_algorithm.rungs),
         }
         if spec.search_algorithm.grid is not None:
-            plan["cells"] = plan["trials"] = sum(1 for _ in cells(spec.parameters, spec.search_algorithm.grid.points))
+            plan["cells"] = sum(1 for _ in cells(spec.parameters, spec.search_algorithm.grid.points))
+            plan["trials"] = min(plan["cells"], spec.num_trials)
         if ended:
             share = plan["trials"] / max(1, created)
             plan["expectedActiveSeconds"] = round(costs.active_seconds * share)
@@ -119,7 +120,7 @@ class SweepDraft(Conditions):
         metric = study.spec.objective.metric
         told = []
         for trial, runs in rows:
-            values = [value for run in runs if (value := t.final_metrics(run).get(metric)) is not None]
+            values = [value for run in runs if (value := t.score(run, metric)) is not None]
             row: Object = {
                 "trial": t.trial_name(runs[0]["metadata"]["labels"][names.LABEL_SWEEP], trial.index),
                 "values": [f"{value:.6g}" for value in values],
@@ -135,7 +136,7 @@ class SweepDraft(Conditions):
         metric, sign = study.spec.objective.metric, study.sign
 
         def scores(runs: Sequence[Object]) -> list[tuple[float, Object]]:
-            return [(sign * value, run) for run in runs if (value := t.final_metrics(run).get(metric)) is not None]
+            return [(sign * value, run) for run in runs if (value := t.score(run, metric)) is not None]
 
         trial, runs = min(rows, key=lambda row: statistics.fmean(score for score, _ in scores(row[1])))
         return trial, min(scores(runs), key=lambda pair: pair[0])[1]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from string import ascii_lowercase
 from typing import Any
 
 from finetune_api import names
@@ -37,8 +38,8 @@ def trial_name(sweep: str, index: int) -> str:
 
 
 def repeat_name(sweep: str, index: int, number: int) -> str:
-    """Name of the FineTuneJob that repeats this trial with another seed; `number` from 1."""
-    return f"{sweep}-r{index:04d}-{number}"
+    """Name of the FineTuneJob that repeats this trial with another seed; `number` from 1 to 20: a letter, because the name has little room."""
+    return f"{sweep}-r{index:04d}{ascii_lowercase[number - 1]}"
 
 
 # ----------------------------------------------------------------------------------------------------- logical clock ----
@@ -100,8 +101,8 @@ class AsOf:
 
 
 # ------------------------------------------------------------------------------------------------------------- build ----
-def build_trial(sweep: HyperparameterSweep, index: int, suggestion: Suggestion, known: AsOf) -> Object:
-    """The FineTuneJob of a trial, ready to be created."""
+def build_trial(sweep: HyperparameterSweep, index: int, suggestion: Suggestion, known: AsOf, prior: int = 0) -> Object:
+    """The FineTuneJob of a trial, ready to be created. `prior` is how many trials of the sweep that it started warm from were known."""
     said = {
         "index": index,
         "parameters": dict(suggestion.parameters),
@@ -109,6 +110,8 @@ def build_trial(sweep: HyperparameterSweep, index: int, suggestion: Suggestion, 
         "engine": engine(),
         "asOf": known.to_json(),
     }
+    if sweep.spec.warm_start_from is not None:
+        said["prior"] = prior
     return _build(sweep, trial_name(sweep.metadata["name"], index), ROLE_TRIAL, said)
 
 
@@ -221,6 +224,8 @@ class Chosen:
     as_of: AsOf
     engine: str = ""
     """Version of what decided."""
+    prior: int = 0
+    """Trials of the sweep that it started warm from."""
 
 
 def chosen(job: Object) -> Chosen | None:
@@ -228,7 +233,8 @@ def chosen(job: Object) -> Chosen | None:
     try:
         said = json.loads((job["metadata"].get("annotations") or {})[names.ANNOTATION_TRIAL])
         known = AsOf.from_json(said["asOf"])
-        return Chosen(int(said["index"]), dict(said["parameters"]), str(said["algorithm"]), known, str(said.get("engine", "")))
+        engine_then, prior = str(said.get("engine", "")), int(said.get("prior", 0))
+        return Chosen(int(said["index"]), dict(said["parameters"]), str(said["algorithm"]), known, engine_then, prior)
     except (KeyError, ValueError, TypeError, AttributeError):
         return None
 
@@ -263,6 +269,16 @@ def final_metrics(job: Object) -> dict[str, float]:
     status = job.get("status") or {}
     reported = (status.get("result") or {}).get("metrics") or (status.get("trainerStatus") or {}).get("metrics") or []
     return {m["name"]: value for m in reported if (value := _number(m.get("value"))) is not None}
+
+
+def score(job: Object, metric: str) -> float | None:
+    """The objective of a run that has a model: one that failed or was stopped has last words, and they do not count."""
+    status = job.get("status") or {}
+    complete = find_condition(status, Condition.COMPLETE) or {}
+    if complete.get("status") != "True" or complete.get("reason") == Reason.STOPPED:
+        return None
+    value = final_metrics(job).get(metric)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def reported_metrics(job: Object) -> set[str]:

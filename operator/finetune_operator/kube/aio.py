@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import aiohttp
 import yaml
@@ -134,8 +134,8 @@ class AioCluster:
 
 
 def _path(resource: Resource, namespace: str | None, name: str = "") -> str:
-    scope = f"/namespaces/{namespace}" if namespace else ""
-    return f"{resource.root}{scope}/{resource.plural}" + (f"/{name}" if name else "")
+    scope = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
+    return f"{resource.root}{scope}/{resource.plural}" + (f"/{quote(name, safe='')}" if name else "")
 
 
 def _decode(data: bytes) -> Object:

@@ -1,4 +1,4 @@
-"""Prometheus metrics. One table of names and help texts; docs and alerts are compared with it."""
+"""Prometheus metrics. docs/reference/metrics.md is made from them; alerts and dashboards are compared with them."""
 
 import time
 from datetime import datetime

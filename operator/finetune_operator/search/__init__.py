@@ -3,11 +3,11 @@
 from functools import cache
 from importlib.metadata import version
 
-DECISIONS = 1
+DECISIONS = 2
 """Grows whenever the same records would lead to another decision. A replay by another engine says so, and not that decisions were wrong."""
 
 
 @cache
 def engine() -> str:
-    """What decides: this engine and the sampler's version."""
-    return f"{DECISIONS}, Optuna {version('optuna')}"
+    """What decides: this engine, and the versions of what it draws and computes with."""
+    return ", ".join((str(DECISIONS), *(f"{name} {version(name)}" for name in ("optuna", "scipy", "scikit-learn", "numpy"))))

@@ -20,7 +20,7 @@ GP_TRIALS = 300
 GP_PARAMETERS = 10
 """`auto` takes no process for more parameters."""
 ATTEMPTS = 100
-"""Draws among which one is looked for that has not been tried."""
+"""Draws among which one is looked for that has not been tried, or that the recipe takes."""
 STARTUP = 10
 """Trials with values before `auto` learns from them."""
 
@@ -31,6 +31,21 @@ def suggest(study: Study, trials: Sequence[Trial], index: int) -> Suggestion | N
     `trials` are those with smaller numbers that are known, whatever has become of them; samplers weigh by age, so they are put in the
     order of their numbers here. What is mutable in the spec (numTrials, parallelTrials, ...) has no say: it may change meanwhile.
     """
+    found = _suggest(study, trials, index)
+    if found is None or found.algorithm == "grid" or not sweep_rules.conflict(study.spec, found.parameters):
+        return found
+    # Values that the recipe takes alone and not together: others are drawn. Where none are found, the caller learns it from the recipe.
+    point = study.spec.initial_points[index] if index < len(study.spec.initial_points) else {}
+    for attempt in range(1, ATTEMPTS):
+        units = draws.random_units(study.spec.seed, index, len(study.parameters), attempt)
+        other = draws.complete(study.parameters, point, units)
+        if not sweep_rules.conflict(study.spec, other):
+            return Suggestion(other, "initialPoint" if point else "random")
+    return found
+
+
+def _suggest(study: Study, trials: Sequence[Trial], index: int) -> Suggestion | None:
+    """The algorithm's own."""
     spec, parameters = study.spec, study.parameters
     if index < len(spec.initial_points):
         units = draws.random_units(spec.seed, index, len(parameters))

@@ -154,3 +154,10 @@ def test_what_is_no_sweep_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="kubectl is not installed"):
         replay_sweep(None, "tiny", None, None)
+
+
+def test_a_history_that_left_out_what_was_known_is_not_replayed(played: Objects, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(document(*_parts(played)) | {"leftOut": ["evaluations", "asOf"]}))
+    with pytest.raises(UserError, match="does not hold what each decision knew"):
+        replay_sweep(file, None, None, None)

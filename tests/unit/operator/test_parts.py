@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_operator.control import tls
+from finetune_operator.domain.outcome import end_report
 from finetune_operator.kube.port import merge_patch
 from finetune_operator.observe.metrics import Metrics
 
@@ -113,3 +114,9 @@ def test_without_a_cluster_it_says_so() -> None:
     assert done.returncode == 1
     assert "the kubeconfig /nowhere cannot be used" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("message", ["[" * 4000, '{"outcome": 7}', "[]", "no report", ""])
+def test_a_termination_message_may_be_anything(message: str) -> None:
+    state = {"terminated": {"exitCode": 1, "message": message}}
+    assert end_report({"status": {"containerStatuses": [{"name": "trainer", "state": state}]}}) is None

@@ -4,10 +4,13 @@ import json
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from finetune_operator.control.loop import Key
 from finetune_operator.control.progress import BURST, POSTS_PER_SECOND, Denied, ProgressServer, _parse, _Trusted
 from finetune_operator.control.queue import WorkQueue
+from finetune_operator.kube.aio import _path
+from finetune_operator.kube.port import JOBS
 from finetune_operator.observe.metrics import Metrics
 
 CHECKPOINT = {"uri": "s3://b/step-1", "step": 1, "sizeBytes": 1, "time": "2026-01-01T00:00:00Z"}
@@ -93,3 +96,26 @@ def test_a_pod_may_burst_and_then_is_slowed_to_its_rate(monkeypatch: pytest.Monk
     progress._limit(pod)
     with pytest.raises(Denied):
         progress._limit(pod)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name", "there"),
+    [
+        ("team", "my", True),
+        ("team", "my.job-2", True),
+        ("team", "x1%2F..%2Fmy", False),
+        ("team%2F..%2Fother", "my", False),
+        ("team", "my%2Fstatus", False),
+        ("team", "..", False),
+    ],
+)
+async def test_one_job_has_one_address(namespace: str, name: str, there: bool) -> None:
+    """An address more would be an allowance more, and memory without bound."""
+    request = make_mocked_request("POST", f"/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/1/progress")
+    found = await server().app().router.resolve(request)
+    assert (found.http_exception is None) is there
+
+
+def test_a_name_leads_to_no_other_object() -> None:
+    assert _path(JOBS, "team", "x/../my").endswith("/namespaces/team/finetunejobs/x%2F..%2Fmy")
+    assert "/namespaces/a%2F..%2Fb/" in _path(JOBS, "a/../b")
