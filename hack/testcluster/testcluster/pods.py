@@ -29,6 +29,10 @@ MAX_MESSAGE = 4096
 CALL_TURNS = 10
 
 
+class _Ending(Exception):  # noqa: N818
+    """The pod or its ServiceAccount is gone: its namespace is being deleted."""
+
+
 class PodRunner:
     """Runs all pods of a cluster in a thread of its own. See the package's docstring for the API."""
 
@@ -250,10 +254,10 @@ class PodRunner:
         code, answer = await self._call("POST", f"{_path(pod)}/binding", binding)
         if code >= 300 and code not in (403, 404, 409):  # its namespace ends; gone; bound already
             raise RuntimeError(f"binding of {_path(pod)}: {code} {answer.get('message')}")
-        if isinstance(script, RunProcess):
-            await self._run_process(pod)
-        else:
-            await self._play(pod, script)
+        try:
+            await (self._run_process(pod) if isinstance(script, RunProcess) else self._play(pod, script))
+        except _Ending:
+            await self._delete(pod)
 
     # ------------------------------------------------------------------------------------------------------- scripted ---
     async def _play(self, pod: Object, script: PodScript) -> None:
@@ -352,6 +356,8 @@ class PodRunner:
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
         path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/{account}/token"
         code, answer = await self._call("POST", path, body)
+        if code == 404:
+            raise _Ending
         if code >= 300:
             raise RuntimeError(f"no token for {meta['name']}: {answer.get('message')}")
         return str(answer["status"]["token"])
