@@ -128,10 +128,10 @@ def test_a_grid_and_a_point_that_the_recipe_does_not_take_are_named() -> None:
 
 def test_a_space_of_nothing_that_the_recipe_takes_ends_with_a_sentence() -> None:
     of = sweep(parameters=[values("batchSize", 8, 16)], searchAlgorithm={"random": {}})
-    of["spec"]["trialTemplate"]["spec"]["hyperparameters"] = {"microBatchSize": 64}
+    of["spec"]["trialTemplate"]["spec"]["hyperparameters"] = {"microBatchSize": 32}  # right beside the batch that is not searched
     failed = condition(look(of), "Failed")
     assert failed["reason"] == "SweepInvalid"
-    assert "microBatchSize" in failed["message"]
+    assert "are not taken together: spec.hyperparameters.microBatchSize" in failed["message"]
 
 
 # ----------------------------------------------------------------------------------------------------- warm start ----
