@@ -15,7 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from urllib.parse import urlsplit
 
-FAULTS = ("500", "503", "reset", "lost", "slow", "cut")
+CODES = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
+FAULTS = (*CODES, "reset", "lost", "slow", "cut")
 """lost: the request is done and the answer never arrives. cut: the answer's body breaks off somewhere."""
 
 
@@ -76,8 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(0.3)
         if fault == "reset":
             self._reset()
-        elif fault in ("500", "503"):
-            self._error(int(fault), {"500": "InternalError", "503": "SlowDown"}[fault])
+        elif fault in CODES:
+            self._error(int(fault), CODES[fault])
         elif faulty.refuses_checksums and any("checksum" in f"{k} {v}".lower() for k, v in self.headers.items()):
             self._error(400, "InvalidArgument")
         else:

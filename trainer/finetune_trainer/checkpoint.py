@@ -236,7 +236,10 @@ class Checkpoints:
     @property
     def origin(self) -> str:
         """The id of the oldest execution at this place: a training that begins anew after its output was deleted has another."""
-        return str(self._json(min(self.store.list("executions/"))).get("id", ""))
+        for _, key in sorted(_executions(self.store.list("executions/")).items()):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half written, or not one of ours
+                return str(self._json(key)["id"])
+        return ""
 
     def tell_micro_batch(self, rows: int) -> None:
         """For the executions after this one; any process may say it."""

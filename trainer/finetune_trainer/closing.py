@@ -23,7 +23,7 @@ from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.evaluation import evaluate
 from finetune_trainer.fetch import fetch_folder
 from finetune_trainer.process import told
-from finetune_trainer.run import thin
+from finetune_trainer.run import replace_model, thin
 from finetune_trainer.splits import read_splits
 from finetune_trainer.store import LONG_PATIENCE, Missing, open_store
 
@@ -80,9 +80,7 @@ def promote(recipe: Recipe, runtime: Runtime, winner: str) -> EndReport:
             data = trained.kind.encode(examples, trained.tokenizer, recipe.dataset.max_length)
             scores[split] = evaluate(trained.model, trained.kind, data, trained.tokenizer.pad_token_id, device)
             _say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores[split].values.items()))
-    output.delete(names.RESULT_FILE)
-    for key in sorted(store.entries()):
-        output.upload(folder / key, f"{names.MODEL_DIR}/{key}")
+    replace_model(output, {key: folder / key for key in store.entries()})
     result = Result(
         model_uri=f"{output.uri}/{names.MODEL_DIR}",
         metrics=[m for split, score in scores.items() for m in score.named(split)],

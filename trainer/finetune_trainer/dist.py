@@ -5,9 +5,10 @@ checkpoints and reports progress. What is agreed goes through gloo, so that it n
 accelerator's own library where there is one.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,16 @@ class Group:
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Nobody leaves before the leader does, be it with an error: of a pod's processes, torchrun kills those that are still there 30 s
+        after the first one has ended unfinished."""
+        try:
+            yield
+        finally:
+            with contextlib.suppress(RuntimeError):  # from a process that is gone: it waits for nobody
+                self.tell(None)
 
     def collect(self, values: "torch.Tensor") -> "list[torch.Tensor]":
         """The tensors of all processes, which have one shape, in the order of their ranks."""

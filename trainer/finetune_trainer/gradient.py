@@ -4,6 +4,7 @@ A batch may be cut into micro-batches (feed.py): what each adds is a sum over a 
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,23 @@ def resolve(precision: Precision, device: torch.device) -> Precision:
     # Emulated, bf16 is several times slower than fp32.
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return Precision.BF16 if fast else Precision.FP32
+
+
+def later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Reads the numbers when it is called, without waiting for what an accelerator was given to do after them."""
+    if not values.is_cuda:
+        return values.tolist
+    # `tolist` would copy them when it is called: behind all kernels that are queued by then.
+    here = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        numbers: list[float] = here.tolist()
+        return numbers
+
+    return read
 
 
 class Gradient:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,8 @@ class Predictor:
         if not texts:
             return []
         if self.card.task is Task.CAUSAL_LM:
-            return [{"completion": self._complete(text)} for text in texts]
+            prompts = _of_each(texts, lambda text: prompt_tokens(text, self.tokenizer))
+            return [{"completion": self._complete(ids)} for ids in prompts]
         if self.card.task is Task.TOKEN_CLASSIFICATION:
             texts = [text.split() if isinstance(text, str) else text for text in texts]
         data = self.kind.encode(self._unlabelled(texts), self.tokenizer, self.card.dataset.max_length)
@@ -88,10 +89,9 @@ class Predictor:
         blank = {self.kind.columns[-1]: 0.0 if self.card.task is Task.REGRESSION else "".join(self.kind.labels[:1])}
         return Examples("texts", list(texts), self.kind.collect([self.kind.target(blank)] * len(texts)))
 
-    def _complete(self, text: Any) -> str:
+    def _complete(self, ids: list[int]) -> str:
         import torch
 
-        ids = prompt_tokens(text, self.tokenizer)
         given = torch.tensor([ids], device=self.device)
         with torch.inference_mode():
             made = self.model.generate(
@@ -108,26 +108,27 @@ class Predictor:
         if not rows:
             raise TrainingFailure("DataInvalid", "there are no rows")
         texts = read_inputs(self.kind, rows)
-        targets = []
-        for number, row in enumerate(rows, start=1):
-            try:
-                targets.append(self.kind.target(dict(row)))
-            except BadRowError as error:
-                raise TrainingFailure("DataInvalid", f"row {number}: {error}") from error
+        targets = _of_each(rows, lambda row: self.kind.target(dict(row)))
         examples = Examples("rows", texts, self.kind.collect(targets))
         data = self.kind.encode(examples, self.tokenizer, self.card.dataset.max_length)
+        if data.bad:
+            raise TrainingFailure("DataInvalid", data.bad[0].said)
         return evaluate(self.model, self.kind, data, self.tokenizer.pad_token_id, self.device)
 
 
 def read_inputs(kind: TaskKind, rows: Sequence[Row]) -> list[Any]:
     """What the model reads of each row. Raises TrainingFailure(DataInvalid) that names the first bad one."""
-    texts = []
-    for number, row in enumerate(rows, start=1):
+    return _of_each(rows, lambda row: kind.input(dict(row)))
+
+
+def _of_each(items: Sequence[Any], read: Callable[[Any], Any]) -> list[Any]:
+    made = []
+    for number, item in enumerate(items, start=1):
         try:
-            texts.append(kind.input(dict(row)))
+            made.append(read(item))
         except BadRowError as error:
             raise TrainingFailure("DataInvalid", f"row {number}: {error}") from error
-    return texts
+    return made
 
 
 def load(model_dir: Path, card: Card | None = None) -> Predictor:
@@ -150,6 +151,8 @@ def load(model_dir: Path, card: Card | None = None) -> Predictor:
         else:
             trained = auto.from_pretrained(model_dir, **_LOCAL)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, **_LOCAL)
+        if card.pooling is not Pooling.MEAN:
+            model.agree_on_padding(trained.config, tokenizer)  # beside adapters alone it is as its model was pretrained
     except (OSError, ValueError) as error:
         raise TrainingFailure(
             "ModelNotFound", f"{model_dir}: the model cannot be loaded: {str(error).splitlines()[0]}"

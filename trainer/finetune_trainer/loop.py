@@ -23,8 +23,8 @@ from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.data import plan
 from finetune_trainer.dist import ALONE, Group
 from finetune_trainer.errors import TrainingFailure
-from finetune_trainer.evaluation import AT_ONCE, evaluate
-from finetune_trainer.gradient import DTYPES, Gradient, resolve
+from finetune_trainer.evaluation import AT_ONCE, Dropped, due, evaluate
+from finetune_trainer.gradient import DTYPES, Gradient, later, resolve
 from finetune_trainer.memory import Fit
 from finetune_trainer.saving import SaveModel, Saves
 from finetune_trainer.snapshot import TrainState
@@ -65,7 +65,7 @@ class Loop:
         precision = Precision(self.state.precision or resolve(self.recipe.precision, self.device))
         self.state.precision = precision.value
         layers.check(self.model, self.hyper)
-        self.place(self.model)
+        sharding.place(self.model, self.group, DTYPES.get(precision))
         self.rate = optim.learning_rate(self.recipe, sum(p.numel() for p in self.model.parameters()))
         self.optimizer = optim.build(self.model, self.hyper, self.rate)
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.hyper.batch_size)
@@ -73,7 +73,7 @@ class Loop:
         self.total_steps = min(planned, self.hyper.max_steps or planned)
         self._advice = f"lower hyperparameters.learningRate (it is {self.rate:g}) or maxGradNorm, or look for broken rows"
         # The last step's loss, how many processes were asked to end, and whether the leader's clock asks for a save.
-        self._told: torch.Tensor | None = None
+        self._told: Callable[[], list[float]] | None = None
         self._ending = self._save_asked = False
         self.saves = Saves(self.recipe.checkpoint, self.checkpoints, self.group, self.save_model, self.on_commit)
         self.fit = Fit(self.hyper, self.state, self.checkpoints, self.group)
@@ -85,13 +85,11 @@ class Loop:
         if self.resumed is not None:
             snapshot.restore_random(self.resumed, self.device, self.group)
 
-    def place(self, model: "PreTrainedModel") -> "PreTrainedModel":
-        """Puts a model where the training is: on this process's device, or cut up among all processes."""
-        return sharding.place(model, self.group, DTYPES.get(Precision(self.state.precision)))
-
     # ------------------------------------------------------------------------------------------------------- train -----
     def train(self) -> None:
         """Until the epochs are done or early stopping says so. Raises TrainingFailure(Interrupted) after a save on SIGTERM."""
+        if self.resumed is not None and any(due(self.recipe, self.state, self.total_steps)):  # the one before had no time for it
+            self._maybe_evaluate_and_save()
         while not self.finished:
             if layers.set_trainable(self.model, self.hyper, self.state.epoch):
                 self.gradient.wrap()
@@ -121,9 +119,10 @@ class Loop:
             self._read_loss()  # of the step before: waiting for this one would stall an accelerator
             # A gradient that is not finite spoils the weights of this very step, whose loss was fine; a scaler leaves such a step out.
             flags = [torch.full_like(loss, asked) for asked in (self.stopping.is_set(), self.saves.by_the_clock)]
-            self._told = self.group.sum(torch.stack([loss, *flags]))
+            told = self.group.sum(torch.stack([loss, *flags]))
             if not scaler.is_enabled():
-                self._told[0] = torch.where(torch.isfinite(norm), self._told[0], norm)
+                told[0] = torch.where(torch.isfinite(norm), told[0], norm)
+            self._told = later(told)
             self._advance(len(rows))
             self.on_step(self._shown_loss, rate)
             self._maybe_evaluate_and_save()
@@ -143,7 +142,7 @@ class Loop:
     def _read_loss(self) -> None:
         if self._told is None:
             return
-        (value, asked, clock), self._told = self._told.tolist(), None
+        (value, asked, clock), self._told = self._told(), None
         self._ending, self._save_asked = self._ending or asked > 0, clock > 0
         if not math.isfinite(value):
             raise TrainingFailure("NonFiniteLoss", f"the loss became {value} near step {self.state.step}: {self._advice}")
@@ -151,41 +150,44 @@ class Loop:
 
     # -------------------------------------------------------------------------------------------- evaluate and save ----
     def _maybe_evaluate_and_save(self) -> None:
-        policy, state = self.recipe.evaluation, self.state
-        last = state.step >= self.total_steps
-        if policy.every_steps is not None:
-            due = state.step % policy.every_steps == 0
-        else:
-            due = state.batch == 0 and state.epoch % (policy.every_epochs or 1) == 0
-        decides = due or last
-        improved = (decides or selection.at_a_rung(state, self.recipe)) and self._evaluate(decides=decides)
+        wanted, decides = due(self.recipe, self.state, self.total_steps)
+        improved = wanted and self._evaluate(decides=decides)
         if self.group.size == 1:
             self._ending = self.stopping.is_set()  # else all processes must have heard the same
         must = improved or self._ending
-        if self.saves.due(state.step, evaluated=decides, by_the_clock=self._save_asked, must=must):
+        if self.saves.due(self.state.step, evaluated=decides, by_the_clock=self._save_asked, must=must):
             self._save()
         if self._ending:
-            self.checkpoints.wait()
-            raise TrainingFailure("Interrupted", f"asked to end; step {state.step} is saved")
+            with self.group.leader_first():  # it is the one that saves
+                self.checkpoints.wait()
+            raise TrainingFailure("Interrupted", f"asked to end; step {self.state.step} is saved")
+
+    def _asked(self) -> bool:
+        """Whether any process was asked to end: all must call it, and hear the same."""
+        self._ending = self._ending or self.group.sum(torch.tensor(float(self.stopping.is_set()))).item() > 0
+        return self._ending
 
     def _save(self) -> None:
         self._read_loss()  # nothing is saved before its loss is known to be finite
         self._save_asked = False  # the clock was looked at before this save
         self.saves.save(self.state, self.model, self.optimizer, self.gradient.scaler)
 
-    def scores(self, model: "PreTrainedModel", data: Encoded) -> Evaluated:
-        """Of a model that has its place; to be called by all processes."""
+    def scores(self, model: "PreTrainedModel", data: Encoded, ending: Callable[[], bool] = lambda: False) -> Evaluated:
+        """Of a model that has its place; to be called by all processes. Raises Dropped."""
         # A pass of one that holds a part of the model needs the others: none may go on with fewer rows than they.
         at_once = min(AT_ONCE, self.fit.at_once) if self.group.sharded else AT_ONCE
         try:
-            return evaluate(model, self.kind, data, self.pad, self.device, self.group, at_once)
+            return evaluate(model, self.kind, data, self.pad, self.device, self.group, at_once, ending)
         except torch.OutOfMemoryError as error:
             raise self.fit.failure(at_once if self.group.sharded else 1) from error
 
     def _evaluate(self, *, decides: bool) -> bool:
         """Scores the model on the validation data; whether it `decides` and is the best so far."""
         self._read_loss()
-        scores = self.scores(self.model, self.validation_data)
+        try:
+            scores = self.scores(self.model, self.validation_data, self._asked)
+        except Dropped:  # the time that there is, is for the save
+            return False
         if not math.isfinite(scores.values["loss"]):
             raise TrainingFailure("NonFiniteLoss", f"the validation loss became {scores.values['loss']}: {self._advice}")
         improved = selection.judge(self.state, self.recipe, scores) if decides else selection.note(self.state, scores)

@@ -153,14 +153,26 @@ def _config(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") 
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
+    agree_on_padding(config, tokenizer)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and recipe.dataset.max_length > limit:
         raise TrainingFailure(
             "RecipeInvalid", f"dataset.maxLength: {recipe.dataset.max_length} is more than the model's {limit} positions"
         )
     return config
+
+
+def agree_on_padding(config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """A decoder's head reads the last token that is no padding, as the configuration has it: rows are padded as the tokenizer has it.
+
+    Encoders are told by a mask what is padding, and some count their positions from its id on: theirs stays what it is.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if decoder or getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _mean_pooled(

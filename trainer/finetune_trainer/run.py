@@ -4,8 +4,10 @@ The cheap checks come first, so that a wrong bucket or a wrong column is told in
 """
 
 import io
+import shutil
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -74,6 +76,7 @@ class Run:
         done = self._already_done() if self.group.leads else None
         if self.group.tell(done is not None):
             return done or EndReport(outcome=Outcome.ALREADY_COMPLETED)
+        self._check_base()
         splits, self.counts = read_splits(self.recipe, self.runtime, self.console.line)
         self._may_go_on()
         poster = Poster(self.runtime, self.console.line)
@@ -113,6 +116,15 @@ class Run:
             return same_but_length(Recipe.model_validate(result.recipe), self.recipe)
         except ValueError:  # of a version that had other fields
             return False
+
+    def _check_base(self) -> None:
+        """Adapters alone need the model that they were trained beside: it must not be the one that they replace."""
+        lora, base = self.recipe.model.lora, f"{self.recipe.model.uri.rstrip('/')}/"
+        if lora is not None and not lora.merge and base.startswith(f"{self.output.uri}/{names.MODEL_DIR}/"):
+            raise TrainingFailure(
+                "RecipeInvalid",
+                f"model.uri: {self.recipe.model.uri} would be replaced by the adapters, which need it: change output.storageUri",
+            )
 
     def _result_uri(self) -> str:
         return f"{self.output.uri}/{names.RESULT_FILE}"
@@ -305,7 +317,8 @@ class Run:
         found = self._fetch(checkpoints, name)[1] / "model"
         self.console.line(f"the best model is that of step {loop.state.best_step}; it is restored")
         source = self.source if self.recipe.model.partly_saved else found
-        return loop.place(model.build(source, self.recipe, self.kind, tokenizer, found))
+        take_over(loop.model, model.build(source, self.recipe, self.kind, tokenizer, found))
+        return loop.model
 
     def _publish(
         self,
@@ -333,12 +346,12 @@ class Run:
         for split, score in scores.items():
             trackers.scalars({f"final/{split}/{n}": v for n, v in score.values.items()}, loop.state.step)
         folder = self.runtime.workdir / "final"
+        if folder.exists():  # `finetune run` keeps it, whatever it trained before
+            shutil.rmtree(folder)
         model_files.save(best, tokenizer, self.recipe, folder, weights)
         if self.recipe.model.pooling is Pooling.MEAN:
             best.encoder.save_pretrained(folder, max_shard_size=model_files.ONE_FILE)
-        # With output.overwrite another recipe's result is still there: a death in the upload must not leave it beside our model.
-        self.output.delete(names.RESULT_FILE)
-        upload_folder(folder, self.output, names.MODEL_DIR)
+        replace_model(self.output, {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()})
         result = Result(
             model_uri=f"{self.output.uri}/{names.MODEL_DIR}", metrics=metrics, best_step=loop.state.best_step or loop.state.step
         )
@@ -395,6 +408,35 @@ def thin(evaluations: list[Evaluation]) -> list[Evaluation]:
     while len(evaluations) > 64:
         evaluations = [*evaluations[:-1:2], evaluations[-1]]
     return evaluations
+
+
+def take_over(trained: "PreTrainedModel", stored: "PreTrainedModel") -> None:
+    """Gives a model the weights of one that stays on the CPU: an accelerator that holds all of a training may have no room for two."""
+    import torch
+
+    from finetune_trainer import sharding, vocabulary
+
+    rows = {f"{name}.weight": module.used.cpu() for name, module in vocabulary.narrowed(trained)}
+    weights = stored.state_dict()
+    with torch.no_grad():
+        for name, place in trained.state_dict().items():
+            value = weights[name][rows[name]] if name in rows else weights[name]
+            place.copy_(sharding.part(value, place))
+
+
+def replace_model(output: Store, files: Mapping[str, Path]) -> None:
+    """Makes these files, by their names, all that is under model/.
+
+    With output.overwrite another recipe's result and model are still there. The result goes first: a death in between must not leave it
+    beside our model. No file of the other model may stay: adapters beside a whole model would be loaded over it.
+    """
+    output.delete(names.RESULT_FILE)
+    uploads = {f"{names.MODEL_DIR}/{name}": path for name, path in sorted(files.items())}
+    for key in output.list(f"{names.MODEL_DIR}/"):
+        if key not in uploads:
+            output.delete(key)
+    for key, path in uploads.items():
+        output.upload(path, key)
 
 
 def upload_folder(folder: Path, store: Store, prefix: str) -> None:

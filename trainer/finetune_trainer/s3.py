@@ -2,7 +2,8 @@
 
 Three layers. botocore tries each request a few times within seconds. `_patiently` tries each operation (of a large object: each part) again,
 with full jitter, until the store's patience is over: a storage that restarts costs a wait and no training. `_anew` begins a whole transfer again
-where the object or the upload under it is no longer the same. What will not pass (no access, no such key) is told at once.
+where the object or the upload under it is no longer the same. What will not pass (wrong credentials, no such key) is told at once; a
+refusal of what was allowed before is tried again like a server error, because busy servers and gateways give it at random.
 """
 
 import base64
@@ -50,17 +51,12 @@ BLOCK = MiB
 CONFLICT_TRIES, CONFLICT_WAIT = 6, 0.05
 """Tries of a conditional write, and seconds: the wait between two doubles up to 1.6 s."""
 ANEW_TRIES = 5
+REFUSALS = 6
+"""Of one use, until it is believed that the account may not do what it has never done yet: some may not delete. Takes about 3 s."""
 
-DENIED = {
-    "AccessDenied",
-    "InvalidAccessKeyId",
-    "XAdminUserNotFound",
-    "SignatureDoesNotMatch",
-    "403",
-    "Forbidden",
-    "ExpiredToken",
-    "InvalidToken",
-}
+STRANGER = {"InvalidAccessKeyId", "XAdminUserNotFound", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+"""Codes that say whose fault it is: the credentials are wrong."""
+DENIED = {"AccessDenied", "403", "Forbidden", *STRANGER}
 MISSING = {"NoSuchKey", "404", "NotFound"}
 PASSING = {"RequestTimeout", "IncompleteBody", "SlowDown", "RequestLimitExceeded", "Throttling", "ThrottlingException"}
 """Codes of a moment, whatever their status."""
@@ -70,10 +66,11 @@ _log = logging.getLogger(__name__)
 
 
 class _PassingError(TrainingFailure):
-    """The storage does not answer, or answers that it cannot just now: the same again may do better."""
+    """The storage does not answer, or answers that it cannot just now: the same again may do better. `doubted`: or it never will."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__("StorageUnavailable", message)
+    def __init__(self, message: str, reason: str = "StorageUnavailable", *, doubted: bool = False) -> None:
+        super().__init__(reason, message)
+        self.doubted = doubted
 
 
 class _ChangedError(Exception):
@@ -88,8 +85,19 @@ class S3Store:
         self.prefix = prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self.patience = patience
-        self.client = s3_client()
+        self._allowed: set[str] = set()
+        """Names of the API's operations that have succeeded here."""
+        self.client = self._client()
         self._told = -TOLD_AGAIN
+
+    def _client(self, read_timeout: float = 60.0) -> "S3Client":
+        def note(http_response: Any, model: Any, **_: Any) -> None:
+            if http_response.status_code < 300:
+                self._allowed.add(model.name)
+
+        client = s3_client(read_timeout)
+        client.meta.events.register("after-call.s3", note)
+        return client
 
     # --------------------------------------------------------------------------------------------------- small objects --
     def put(self, key: str, data: bytes) -> None:
@@ -160,7 +168,7 @@ class S3Store:
                     self._call(prefix, self.client.abort_multipart_upload, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def check(self, *, writable: bool = False) -> None:  # noqa: ARG002  (a probe would leave an object behind)
-        look = partial(s3_client(CHECK_PATIENCE).list_objects_v2, Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
+        look = partial(self._client(CHECK_PATIENCE).list_objects_v2, Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
         self._patiently("", look, min(CHECK_PATIENCE, self.patience))
 
     # --------------------------------------------------------------------------------------------------- large objects --
@@ -288,7 +296,7 @@ class S3Store:
     def _patiently(self, key: str, operation: Callable[[], T], patience: float | None = None) -> T:
         """Its result, however often it takes within the patience, which begins with the first try that fails."""
         patience = self.patience if patience is None else patience
-        tried, began = 0, 0.0
+        tried, refused, began = 0, 0, 0.0
         while True:
             try:
                 with self._errors(key):
@@ -296,9 +304,10 @@ class S3Store:
             except _PassingError as failure:
                 now = time.monotonic()
                 began = began if tried else now
-                if (left := began + patience - now) <= 0:
-                    after = f" (tried for {patience:.0f} s)" if patience else ""
-                    raise TrainingFailure("StorageUnavailable", f"{failure.message}{after}") from failure
+                refused += failure.doubted
+                if (left := began + patience - now) <= 0 or refused >= REFUSALS:
+                    after = f" (tried for {patience:.0f} s)" if patience and left <= 0 else ""
+                    raise TrainingFailure(failure.failure.reason, f"{failure.message}{after}") from failure
                 pause = min(left, random.uniform(0, min(MAX_WAIT, MIN_WAIT * 2 ** min(tried, 10))))
                 if now + pause - began > TOLD_AFTER < left and now - self._told > TOLD_AGAIN:
                     _log.warning("%s (trying again for %.0f s at most)", failure.message, left)
@@ -357,7 +366,10 @@ class S3Store:
         if code in MISSING:
             return Missing(key)
         if code in DENIED or status in {401, 403}:
-            return TrainingFailure("StorageDenied", f"{self.uri}: the storage refused the credentials ({code}). {_ADVICE}")
+            message = f"{self.uri}: the storage refused the credentials ({code}). {_ADVICE}"
+            if code in STRANGER and not self._allowed:
+                return TrainingFailure("StorageDenied", message)
+            return _PassingError(message, "StorageDenied", doubted=error.operation_name not in self._allowed)
         message = f"{self.uri}: the storage answered {code}"
         if code in PASSING or status in {408, 429} or (status >= 500 and status != 501):  # 501: it never will
             return _PassingError(message)

@@ -67,6 +67,13 @@ def listed(bad: Mapping[str, Sequence[BadRow]]) -> str:
     return "; ".join(parts) + (f" and {more} more rows" if more else "")
 
 
+def check(bad: Mapping[str, Sequence[BadRow]], allowed: int) -> None:
+    """Raises TrainingFailure(DataInvalid) where there are more of them, by file, than dataset.maxBadRows allows."""
+    if (count := sum(row.rows for rows in bad.values() for row in rows)) > allowed:
+        more = f"; {count} bad rows are more than dataset.maxBadRows ({allowed})" if allowed else ""
+        raise TrainingFailure("DataInvalid", f"{listed(bad)}{more}")
+
+
 def _csv(text: str, name: str, columns: Sequence[str]) -> Iterator[tuple[str, Row] | BadRow]:
     csv.field_size_limit(sys.maxsize)  # after a field that is too long it would go on in the middle of it
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -89,7 +96,7 @@ def _csv(text: str, name: str, columns: Sequence[str]) -> Iterator[tuple[str, Ro
                 raise TrainingFailure("DataInvalid", f"{name}: line {line} {broken}")
             if row:
                 header = row
-                _need(columns, header, name)
+                _need(columns, header, name, f"line {line}")
         elif row and len(row) != len(header):
             said = f"line {line} has {len(row)} fields, the header has {len(header)}: quote texts that hold a comma"
             yield BadRow(said, reader.line_num + 1 - line)
@@ -173,12 +180,19 @@ def _broken(text: str) -> str | None:
     return found and ("holds a NUL byte" if found[0] == "\0" else _UTF8)
 
 
-def _need(columns: Sequence[str], present: Sequence[str], where: str) -> None:
+_NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,39})?")
+"""What surely is a column's name (or none, as of a spreadsheet's row numbers): without a header a row's text stands there. In Latin letters:
+not every script has spaces between words."""
+
+
+def _need(columns: Sequence[str], present: Sequence[str], where: str, header: str = "what is there") -> None:
     if missing := [c for c in columns if c not in present]:
-        raise TrainingFailure(
-            "DataInvalid",
-            f"{where}: there is no column {', '.join(map(repr, missing))}; the columns are {', '.join(map(repr, present[:20]))}: "
-            "correct the columns in dataset",
-        )
+        if all(map(_NAME.fullmatch, present)):
+            said = f"the columns are {', '.join(map(repr, present[:20]))}: correct the columns in dataset"
+        else:
+            said = (
+                f"{header} does not look like a header (it has {len(present)} fields): add one, or correct the columns in dataset"
+            )
+        raise TrainingFailure("DataInvalid", f"{where}: there is no column {', '.join(map(repr, missing))}; {said}")
     if double := next((c for c in columns if present.count(c) > 1), None):
         raise TrainingFailure("DataInvalid", f"{where}: the column {double!r} is there twice")

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer import tables
+from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.tables import BadRow
 from finetune_trainer.tasks import Encoded, Examples, Ragged, TaskKind
 
 if TYPE_CHECKING:
@@ -31,20 +34,31 @@ PASSING = (
 def encode(
     splits: dict[str, Examples], kind: TaskKind, tokenizer: "PreTrainedTokenizerBase", folder: Path, log: Callable[[str], None]
 ) -> dict[str, Encoded]:
-    """All splits as token ids, made or taken from the folder, which afterwards holds these and no others."""
+    """All splits as token ids, made or taken from the folder, which afterwards holds these and no others.
+
+    Raises TrainingFailure(DataInvalid) where the model cannot read more rows than dataset.maxBadRows; they are told as those of splits.py.
+    """
     state, used, encoded = _state(tokenizer), set(), {}
+    bad: dict[str, list[BadRow]] = {}
     for split, examples in splits.items():
         file = folder / f"{_key(examples, kind, state)}.safetensors"
         found = _load(file, split, log)
         if found is None:
             found = kind.encode(examples, tokenizer, kind.dataset.max_length)
-            _save(file, found, log)
+            bad.setdefault(examples.name, []).extend(found.bad)
+            tables.check(bad, kind.dataset.max_bad_rows)
+            if not len(found):
+                raise TrainingFailure("DataInvalid", f"{examples.name}: no row of {split} can be used: {tables.listed(bad)}")
+            if not found.bad:  # which are to be told the next time too
+                _save(file, found, log)
         else:
             log(f"data: the tokens of {split} are those of an earlier run ({folder})")
             # A tokenizer is saved with the truncation of its last call: that must not depend on whether there was a cache.
             kind.encode(examples.take(np.arange(1)), tokenizer, kind.dataset.max_length)
         encoded[split] = found
         used.add(file)
+    if any(bad.values()):
+        log(f"data: {sum(map(len, bad.values()))} rows cannot be used and are left out: {tables.listed(bad)}")
     _sweep(folder, used, log)
     return encoded
 
@@ -126,7 +140,7 @@ def _hash(arrays: Arrays) -> str:
 
 def _arrays(encoded: Encoded) -> Arrays:
     arrays: Arrays = {"truncated": np.array(encoded.truncated)}
-    for name in ("ids", "types", "labels"):
+    for name in ("ids", "types", "labels", "words"):
         part = getattr(encoded, name)
         if isinstance(part, Ragged):
             arrays |= {f"{name}.values": part.values, f"{name}.offsets": part.offsets}
@@ -141,4 +155,4 @@ def _encoded(arrays: Arrays) -> Encoded:
             return Ragged(arrays[f"{name}.values"], arrays[f"{name}.offsets"])
         return arrays.get(name)
 
-    return Encoded(part("ids"), part("labels"), int(arrays["truncated"]), part("types"))
+    return Encoded(part("ids"), part("labels"), int(arrays["truncated"]), part("types"), words=part("words"))

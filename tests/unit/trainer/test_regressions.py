@@ -105,6 +105,20 @@ def test_a_checkpoint_whose_best_model_is_gone_is_not_gone_on_from(tmp_path: Pat
     assert failed.value.failure.reason == "CheckpointCorrupt"
 
 
+def test_the_origin_is_that_of_the_first_execution_that_is_one(tmp_path: Path) -> None:
+    # A file of somebody else, or half a one of ours, before it: every later attempt ended as UserCodeError.
+    folder = tmp_path / "store/executions"
+    folder.mkdir(parents=True)
+    (folder / "!notes.txt").write_text("mine")
+    for number, content in enumerate(('{"par', "", "[]", '"id"', "null", '{"parent": 0}', "\\xff"), start=1):
+        (folder / f"{number:04d}.json").write_text(content)
+    first, second = checkpoints(tmp_path, "first"), checkpoints(tmp_path, "second")
+    first.begin(0)
+    mine = json.loads((folder / f"{first.execution:04d}.json").read_text())["id"]
+    second.begin(0)
+    assert first.origin == second.origin == mine
+
+
 def test_a_gradient_that_is_not_finite_is_never_saved(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     # The loss of the step that spoils the weights is fine; the checkpoint after it held NaN.
     clip, calls = torch.nn.utils.clip_grad_norm_, [0]

@@ -142,6 +142,22 @@ SPOILT: dict[str, tuple[str | bytes, str, str]] = {
         "train.jsonl",
         r"line 1: there is no column 'label'; the columns are 'text': correct the columns in dataset",
     ),
+    "no-header": (
+        f"{SECRET} Anna Berg,good\nx,bad\n",
+        "train.csv",
+        r"no column 'text', 'label'; line 1 does not look like a header \(it has 2 fields\): add one, or correct the columns in",
+    ),
+    "no-header-in-a-script-without-spaces": (f"我叫安娜,{SECRET}\n", "train.csv", r"line 1 does not look like a header"),
+    "keys-that-are-texts": (
+        f'{{"My name is Anna: {SECRET}": 1}}\n',
+        "train.jsonl",
+        r"line 1: .* not look like a header \(it has 1 ",
+    ),
+    "an-index-without-a-name": (
+        f",message,label\n0,{SECRET},good\n",
+        "train.csv",
+        "the columns are '', 'message', 'label': correct",
+    ),
     "a-column-twice": ("text,label,text\nx,good,y\n", "train.csv", "the column 'text' is there twice"),
     "utf-16": ("text,label\n".encode("utf-16"), "train.csv", "line 1 is not UTF-8"),
     "utf-16-without-a-mark": ("text,label\n".encode("utf-16-le"), "train.csv", "line 1 holds a NUL byte"),
@@ -245,6 +261,10 @@ def test_a_column_that_parquet_lacks_or_has_twice_is_told(tmp_path: Path) -> Non
     parquet.write_table(pa.Table.from_arrays([pa.array(["x"])] * 3, names=["text", "label", "text"]), tmp_path / "b.parquet")
     with pytest.raises(TrainingFailure, match="the column 'text' is there twice"):
         read_file(tmp_path / "b.parquet", kind(), name="b.parquet")
+    lacking = write_parquet(tmp_path / "c.parquet", **{f"My name is Anna, {SECRET}": ["x"]})
+    with pytest.raises(TrainingFailure, match=r"no column 'text', 'label'; what is there does not look like a header") as failed:
+        read_file(lacking, kind(), name="c.parquet")
+    assert SECRET not in failed.value.message
 
 
 def test_damage_in_the_middle_of_parquet_is_told(tmp_path: Path) -> None:

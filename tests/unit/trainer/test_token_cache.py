@@ -60,7 +60,7 @@ class Told(list[str]):
 
 def parts(encoded: Encoded) -> list[Any]:
     made: list[Any] = [encoded.truncated]
-    for part in (encoded.ids, encoded.labels, encoded.types):
+    for part in (encoded.ids, encoded.labels, encoded.types, encoded.words):
         made.append([row.tolist() for row in part] if isinstance(part, Ragged) else part if part is None else part.tolist())
         made.append(getattr(part, "dtype", None))
     return made

@@ -44,6 +44,8 @@ class Examples:
     """An array whose first axis is the rows, or a list with something for each row."""
     groups: list[str] | None = None
     """Of each row, what groupColumn says; "" where it says nothing. None without a groupColumn."""
+    places: list[str] | None = None
+    """Of each row, where in its file it is: `line 3`. None where its number is all that is known."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -51,8 +53,12 @@ class Examples:
     def take(self, rows: npt.NDArray[np.int64]) -> "Examples":
         """These rows, in this order."""
         labels = self.labels[rows] if isinstance(self.labels, np.ndarray) else [self.labels[r] for r in rows]
-        groups = None if self.groups is None else [self.groups[r] for r in rows]
-        return Examples(self.name, [self.texts[r] for r in rows], labels, groups)
+        groups, places = (part and [part[r] for r in rows] for part in (self.groups, self.places))
+        return Examples(self.name, [self.texts[r] for r in rows], labels, groups, places)
+
+    def place(self, row: int) -> str:
+        """Where a row is, for people."""
+        return self.places[row] if self.places else f"row {row + 1}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from finetune_trainer.errors import TrainingFailure
+from finetune_trainer.tables import BadRow
 from finetune_trainer.tasks.base import (
     IGNORED,
     BadRowError,
@@ -67,17 +68,22 @@ class Completion(TaskKind):
         return normalised([text, target])  # one prompt may stand before many completions
 
     def encode(self, examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
-        ids, labels, cut = [], [], 0
-        for text, completion in zip(examples.texts, examples.labels, strict=True):
-            tokens, learned = chat(text, tokenizer) if isinstance(text, list) else pair(text, completion, tokenizer)
+        ids, labels, bad, cut = [], [], [], 0
+        for i, (text, completion) in enumerate(zip(examples.texts, examples.labels, strict=True)):
+            try:
+                tokens, learned = chat(text, tokenizer) if isinstance(text, list) else pair(text, completion, tokenizer)
+            except BadRowError as error:
+                bad.append(BadRow(f"{examples.place(i)}: {error}"))
+                continue
             if len(tokens) > max_length:
                 cut += 1
                 # What is to be learned stays: the beginning of the prompt goes, and then the end.
-                start = min(len(tokens) - max_length, next((k for k, t in enumerate(learned) if t != IGNORED), 1) - 1)
+                first = next((k for k, t in enumerate(learned) if t != IGNORED), 0)
+                start = min(len(tokens) - max_length, max(0, first - 1))
                 tokens, learned = tokens[start : start + max_length], learned[start : start + max_length]
             ids.append(tokens)
             labels.append(learned)
-        return Encoded(Ragged.of(ids), Ragged.of(labels), cut)
+        return Encoded(Ragged.of(ids), Ragged.of(labels), cut, bad=tuple(bad))
 
     def weights(self, data: Encoded) -> Floats:
         # The first token is nobody's next one.
@@ -117,7 +123,7 @@ class Completion(TaskKind):
 
 
 def prompt_tokens(text: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Of a prompt, or of a chat that the assistant is to go on with."""
+    """Of a prompt, or of a chat that the assistant is to go on with. Raises BadRowError."""
     if isinstance(text, list):
         return _tokens(_rendered(text, tokenizer, prompt=True), tokenizer)[0]
     ids: list[int] = tokenizer(text)["input_ids"]
@@ -135,30 +141,46 @@ def pair(prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBase") -> 
 
 
 def chat(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Tokens and labels of a chat: the labels are what the assistant says, up to the template's end of the message."""
+    """Tokens and labels of a chat: the labels are what the assistant says, up to the template's end of the message. Raises BadRowError."""
     text = _rendered(messages, tokenizer)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _rendered(messages[:i], tokenizer, prompt=True) if i else ""
             after = _rendered(messages[: i + 1], tokenizer)
+            before = _rendered(messages[:i], tokenizer, prompt=True) if i else _opening(message, after, tokenizer)
             if not (after.startswith(before) and text.startswith(after.rstrip())):
-                raise TrainingFailure(
-                    "RecipeInvalid",
-                    "dataset.messagesColumn: the model's chat template writes a message in another way when others follow",
-                )
+                raise BadRowError(_REWRITTEN)
             spans.append((len(before), len(after)))
     ids, starts = _tokens(text, tokenizer)
     return ids, [t if any(a <= at < b for a, b in spans) else IGNORED for t, at in zip(ids, starts, strict=True)]
 
 
+def _opening(message: dict[str, str], rendered: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What the template writes before the text of a chat's first message where that is the assistant's: its own system prompt, and the
+    header with which it would ask for an answer. No template renders the chat before that, which is empty."""
+    header = _rendered([message], tokenizer, prompt=True).removeprefix(rendered)
+    if header not in rendered:
+        raise BadRowError(_REWRITTEN)
+    return rendered[: rendered.index(header) + len(header)]
+
+
+_REWRITTEN = "the model's chat template writes a message in another way when others follow"
+
+
 def _rendered(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, prompt: bool = False) -> str:
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
         raise TrainingFailure(
             "RecipeInvalid",
             "dataset.messagesColumn: the model's tokenizer has no chat template; use promptColumn and completionColumn",
         )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except (TemplateError, TypeError) as error:  # its words may hold the data's
+        raise BadRowError(
+            "the model's chat template refuses the messages: some want roles to alternate, or know no system"
+        ) from error
 
 
 def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer.tables import BadRow
+
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
@@ -59,6 +61,10 @@ class Encoded:
     """Which of two texts a token is of, for models that want to know."""
     features: npt.NDArray[np.float32] | None = None
     """What a frozen encoder makes of each row, (rows, width): read in place of the tokens where it is there."""
+    words: Ragged | None = None
+    """Of tags: the number of the word that each token with a label begins, in order. Some words have no token."""
+    bad: tuple[BadRow, ...] = ()
+    """Rows that the model cannot read: they are left out here."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -41,13 +41,15 @@ class Tagging(Predicting):
         made = tokenizer(
             examples.texts, is_split_into_words=True, truncation=True, max_length=max_length, return_attention_mask=False
         )
-        labels, cut = [], 0
+        labels, tagged, cut = [], [], 0
         for i, tags in enumerate(examples.labels):
             words = made.word_ids(i)
             first = [w is not None and (k == 0 or words[k - 1] != w) for k, w in enumerate(words)]
             labels.append([tags[w] if starts else IGNORED for w, starts in zip(words, first, strict=True)])
-            cut += sum(first) < len(tags)
-        return Encoded(Ragged.of(made["input_ids"]), Ragged.of(labels), cut)
+            tagged.append([w for w, starts in zip(words, first, strict=True) if starts])
+            # Not by how many there are: a word of nothing but, say, a zero-width space has no token at all.
+            cut += not {*words} >= {w for rest in made[i].overflowing for w in rest.word_ids if w is not None}
+        return Encoded(Ragged.of(made["input_ids"]), Ragged.of(labels), cut, words=Ragged.of(tagged))
 
     def weights(self, data: Encoded) -> Floats:
         return np.array([np.count_nonzero(row != IGNORED) for row in data.labels], dtype=np.float64)
@@ -81,10 +83,13 @@ class Tagging(Predicting):
         return Evaluated(overall | {"accuracy": right / count, "loss": float(outputs[:, 0].sum() / count)}, rows)
 
     def answer(self, outputs: Floats, data: Encoded, texts: Sequence[Any]) -> list[dict[str, Any]]:
+        assert data.words is not None
         answers = []
-        for row, labels, words in zip(outputs, data.labels, texts, strict=True):
-            tags = [self.labels[int(row[1 + k])] for k in np.flatnonzero(labels != IGNORED)]
-            answers.append({"words": words, "tags": tags + [None] * (len(words) - len(tags))})  # None: behind maxLength
+        for row, labels, tagged, words in zip(outputs, data.labels, data.words, texts, strict=True):
+            tags: list[str | None] = [None] * len(words)  # of a word without tokens, or behind maxLength
+            for word, k in zip(tagged, np.flatnonzero(labels != IGNORED), strict=True):
+                tags[word] = self.labels[int(row[1 + k])]
+            answers.append({"words": words, "tags": tags})
         return answers
 
 
