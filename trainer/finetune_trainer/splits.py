@@ -76,6 +76,7 @@ def read_file(path: Path, kind: TaskKind, *, name: str, split_by: str | None = N
     targets: list[Any] = []
     groups: list[str] = []
     clusters: list[str] = []
+    places: list[str] = []
     bad: list[BadRow] = []
     for item in tables.read(path, name, tuple(columns)):
         if isinstance(item, BadRow):
@@ -88,13 +89,14 @@ def read_file(path: Path, kind: TaskKind, *, name: str, split_by: str | None = N
         except BadRowError as error:
             bad.append(BadRow(f"{where}: {error}"))
             continue
+        places.append(where)
         texts.append(text)
         targets.append(target)
         if group_by:
             groups.append(_word(row[group_by]))
         if cluster is not None:
             clusters.append(cluster)
-    examples = Examples(name, texts, kind.collect(targets), groups if group_by else None)
+    examples = Examples(name, texts, kind.collect(targets), groups if group_by else None, places)
     return Read(examples, clusters, bad)
 
 
@@ -123,7 +125,7 @@ def _read(dataset: Dataset, kind: TaskKind, runtime: Runtime, log: Log) -> tuple
         read = read_file(path, kind, name=file, split_by=dataset.split_group_column if split == "train" else None)
         bad[file] = read.bad
         # File by file: what is wrong with the first is told before the second is fetched.
-        _check_bad(bad, dataset.max_bad_rows)
+        tables.check(bad, dataset.max_bad_rows)
         if not len(read.examples):
             raise TrainingFailure("DataInvalid", f"{file}: the file holds no examples")
         splits[split] = read.examples
@@ -136,12 +138,6 @@ def _read(dataset: Dataset, kind: TaskKind, runtime: Runtime, log: Log) -> tuple
 
 def _count(bad: Mapping[str, list[BadRow]]) -> int:
     return sum(row.rows for rows in bad.values() for row in rows)
-
-
-def _check_bad(bad: Mapping[str, list[BadRow]], allowed: int) -> None:
-    if (count := _count(bad)) > allowed:
-        more = f"; {count} bad rows are more than dataset.maxBadRows ({allowed})" if allowed else ""
-        raise TrainingFailure("DataInvalid", f"{tables.listed(bad)}{more}")
 
 
 def _fetch(store: Store, split: str, file: str, uri: str, folder: Path, log: Log) -> Path:
