@@ -69,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--namespace", action="append", default=[], dest="namespaces", help="namespace to watch; repeatable (default: all)")
     add("--trainer-image", required=True, help="image of trainer pods, where a job names none")
     add("--progress-url", required=True, type=_url, help="https://host:port under which pods reach the progress server")
-    add("--progress-bind", type=_address, default=("0.0.0.0", 8443), help="address of the progress server")  # noqa: S104
-    add("--metrics-bind", type=_address, default=("0.0.0.0", 8080), help="address of /metrics, /healthz, /readyz")  # noqa: S104
+    add("--progress-bind", type=_address, help="address of the progress server (default: port 8443 of all addresses)")
+    add("--metrics-bind", type=_address, help="address of /metrics, /healthz, /readyz (default: port 8080 of all addresses)")
     add("--tls-secret", default="finetune-operator-progress", help="Secret that keeps the progress server's CA")
     add("--tls-dir", type=Path, help="folder with ca.crt, tls.crt and tls.key to use in place of that CA (cert-manager)")
     add("--own-namespace", default=os.environ.get("POD_NAMESPACE", "default"), help="namespace of that Secret and of the Lease")
@@ -93,12 +93,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def everywhere(pod_ip: str) -> str:
+    """All addresses of the pod's family: in a cluster of IPv6 alone nobody reaches 0.0.0.0."""
+    return "::" if ":" in pod_ip else "0.0.0.0"  # noqa: S104
+
+
 def main() -> int:
     """The exit code."""
     parser = build_parser()
     arguments = vars(parser.parse_args())
     if arguments["lease"] and not arguments["pod_ip"]:
         parser.error("--lease needs --pod-ip: set POD_IP from the pod's status.podIP")
+    for name, port in (("progress_bind", 8443), ("metrics_bind", 8080)):
+        arguments[name] = arguments[name] or (everywhere(arguments["pod_ip"]), port)
     set_up(arguments.pop("log_level"), arguments.pop("log_format"))
     log = logging.getLogger("finetune_operator")
     try:

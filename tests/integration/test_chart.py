@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 VALUES: dict[str, Object] = {
     "defaults": {},
     "two-namespaces": {"watchNamespaces": ["default", "kube-public"]},
+    "names-of-digits": {"watchNamespaces": ["2024"], "imagePullSecrets": ["007"]},
     "own-account": {"serviceAccount": {"create": False, "name": "default"}},
     "no-rbac": {"rbac": {"create": False, "aggregate": False}},
     "no-crds": {"crds": {"install": False}},
@@ -267,18 +268,16 @@ def test_arguments_follow_from_the_values(helm_binary: Path) -> None:
         "--trainer-image=example.com/team/trainer:9",
         "--own-namespace=$(POD_NAMESPACE)",
         f"--progress-url=https://{service['metadata']['name']}.ops.svc:8443",
-        "--progress-bind=0.0.0.0:8443",
-        "--metrics-bind=0.0.0.0:8080",
         f"--tls-secret={chart.one(objects, 'Secret')['metadata']['name']}",
         "--lease=tuner",
         "--log-level=warning",
         "--log-format=json",
         "--model-mirror=s3://mirror/models",
         "--dataset-mirror=s3://mirror/datasets",
-        container["args"][11],
+        container["args"][9],
         "--namespace=default",
     ]
-    flag, _, defaults = container["args"][11].partition("=")
+    flag, _, defaults = container["args"][9].partition("=")
     assert flag == "--job-defaults"
     # What the kubelet does with "$$(".
     expected = {
@@ -349,6 +348,8 @@ def test_monitors_and_dashboards_speak_of_metrics_that_exist(helm_binary: Path) 
     service, monitor = chart.one(objects, "Service"), chart.one(objects, "ServiceMonitor")["spec"]
     assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     assert {e["port"] for e in monitor["endpoints"]} <= {p["name"] for p in service["spec"]["ports"]}
+    pods = chart.one(chart.render(helm_binary, "ops", VALUES["everything"]), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert all(e["honorLabels"] for e in (*monitor["endpoints"], *pods)), "`namespace` of a job would be the operator's"
     there = {sample for family in Metrics().registry.collect() for sample in (family.name, f"{family.name}_total")}
     said: list[str] = []
     for group in chart.one(objects, "PrometheusRule")["spec"]["groups"]:
@@ -358,6 +359,7 @@ def test_monitors_and_dashboards_speak_of_metrics_that_exist(helm_binary: Path) 
     for text in chart.one(objects, "ConfigMap")["data"].values():
         said += [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
     assert len(said) > 5
+    assert 'absent(finetune_leader{namespace="ops"} == 1)' in said, "another release's leader would hide that there is none"
     for name in re.findall(r"finetune_[a-z_]+", " ".join(said)):
         assert name.removesuffix("_bucket") in there, f"{name} is no metric of the operator"
 

@@ -63,7 +63,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "finetune-operator.subjects" -}}
 - kind: ServiceAccount
   name: {{ include "finetune-operator.serviceAccountName" . }}
-  namespace: {{ .Release.Namespace }}
+  namespace: {{ .Release.Namespace | quote }}
 {{- end -}}
 
 {{/* What the operator does in the namespaces of jobs. Each verb has its reason in finetune_operator/kube/permissions.py; a test

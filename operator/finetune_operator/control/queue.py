@@ -81,7 +81,7 @@ class WorkQueue(Generic[K]):
             if self._closed:
                 raise ShutDown
             key = self._ready.popleft()
-        self._metrics.queue_depth.set(len(self._ready))
+        self._metrics.queue_depth.dec()  # two queues share it
         self._metrics.queue_wait_seconds.observe(time.monotonic() - self._since.pop(key))
         self._dirty.discard(key)
         self._processing.add(key)
@@ -108,7 +108,7 @@ class WorkQueue(Generic[K]):
     def _push(self, key: K) -> None:
         self._since[key] = time.monotonic()
         self._ready.append(key)
-        self._metrics.queue_depth.set(len(self._ready))
+        self._metrics.queue_depth.inc()
         self._notify()
 
     def _notify(self) -> None:

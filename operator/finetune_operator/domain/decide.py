@@ -91,13 +91,17 @@ class _Reconcile:
         self.draft = draft
         self.restart_at = parse_time(draft.new.pop("restartTime", None))
         """When the current attempt is followed by the next one; None where it is not over, or its time has not been counted yet."""
+        self.in_the_way: Object | None = None
+        """Somebody else's Job that has the name of the next attempt's."""
         self.actions: list[Action] = []
 
     def decide(self) -> Decision:
-        uid = self.job.metadata["uid"]
-        for child in (self.observed.child, self.observed.next_child):
-            if child is not None and not owned_by(child, uid):
-                return self._name_conflict(child)
+        uid, following = self.job.metadata["uid"], self.observed.next_child
+        if self.observed.child is not None and not owned_by(self.observed.child, uid):
+            return self._name_conflict(self.observed.child)
+        if following is not None and not owned_by(following, uid):
+            # It is in the way of a next attempt only, and there may be none.
+            self.observed, self.in_the_way = replace(self.observed, next_child=None), following
         self._hear(self.observed.child)
         child = self._take_over()
         pods = self._hear(child)
@@ -152,6 +156,8 @@ class _Reconcile:
 
     def _create(self, failure: FailureClass | None = None) -> Decision:
         """The next attempt; it is a restart after this failure."""
+        if self.in_the_way is not None:
+            return self._name_conflict(self.in_the_way)
         attempt = self.draft.new["attempt"] + 1
         manifest = build_child(self.job, attempt, self.settings)
         name = manifest["metadata"]["name"]
@@ -173,8 +179,6 @@ class _Reconcile:
         # Not final: a quota may be raised, a namespace's policy changed. A restart is counted when its Job is created.
         message = f"The API server refused Job {name}: {said}"
         self._blocked(Reason.CREATE_REFUSED, message)
-        if is_true(self.draft.old, Condition.SUSPENDED):
-            self.draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED)
         event = Event("Warning", str(Reason.CREATE_REFUSED), message)
         return Decision(self.draft.done(), (event,), WAIT_FOR_CONFLICT_SECONDS)
 
@@ -184,6 +188,8 @@ class _Reconcile:
             self.draft.new["restartTime"] = stamp(self.restart_at)
         self.draft.state(State.RESTARTING if self.restart_at else State.PENDING)
         self.draft.set(Condition.RUNNING, False, reason, message)
+        if is_true(self.draft.old, Condition.SUSPENDED):
+            self.draft.set(Condition.SUSPENDED, True, Reason.SUSPENDED)
 
     def _name_conflict(self, child: Object) -> Decision:
         name = child["metadata"]["name"]
@@ -295,7 +301,8 @@ class _Reconcile:
             spent = f"{over.message.rstrip('.')}{row}. No restart is left (failurePolicy.maxRestarts is {limit})."
             return _fail(self.draft, failure.reason, spent, self.actions)
         if self.restart_at is None:
-            self.restart_at = (over.finished or self.now) + timedelta(seconds=self._backoff(failure))
+            # By the node's clock, which may be ahead of ours.
+            self.restart_at = min(over.finished or self.now, self.now) + timedelta(seconds=self._backoff(failure))
             self.actions.append(Event("Warning", failure.reason, over.message))
         wait = (self.restart_at - self.now).total_seconds()
         if wait > 0 or self._alive():

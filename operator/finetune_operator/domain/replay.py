@@ -109,6 +109,11 @@ def _verdicts(study: Study, records: Sequence[Trial], job: Object) -> Iterable[M
         if isinstance(then, Mismatch) or said is None:
             yield then if isinstance(then, Mismatch) else None
             continue
+        if said.engine != engine():
+            yield Mismatch(
+                name, about, f"cannot be replayed: it was given by engine {said.engine}, and this is {engine()}", False
+            )
+            continue
         if kept.as_of.open.get(said.index) != number:
             knew = kept.as_of.open.get(said.index, "no")
             yield Mismatch(name, about, f"it knew {knew} verdicts on the trial itself; {number} came before it")

@@ -166,7 +166,9 @@ class StatusDraft(Conditions):
             self.new["evaluations"] = merge_evaluations(self.new.get("evaluations") or [], [_json(e) for e in report.evaluations])
         checkpoint, known = report.checkpoint, self.new.get("checkpoint") or {"step": -1}
         if checkpoint and (
-            _is_one_of(known, report.corrupt) or checkpoint.time >= (parse_time(known.get("time")) or checkpoint.time)
+            _is_one_of(known, report.corrupt)
+            or checkpoint.step > known["step"]  # whatever the clocks of two nodes say
+            or checkpoint.time >= (parse_time(known.get("time")) or checkpoint.time)
         ):
             if checkpoint.step > known["step"]:
                 self.new["disruptionsInARow"] = 0

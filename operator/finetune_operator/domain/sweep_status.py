@@ -1,5 +1,6 @@
 """Computes the status of a sweep whole. Pure, and bounded: nothing in it grows with the number of trials."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -193,6 +194,6 @@ def _rung(study: Study, trials: Sequence[Trial], examples: int) -> Object:
     here = [(trial, reading.value) for trial in trials for reading in trial.readings if reading.examples == examples]
     stopped = sum(trial.outcome is Outcome.PRUNED and trial.readings[-1].examples == examples for trial, _ in here)
     rung: Object = {"examples": examples, "reached": len(here), "stopped": stopped}
-    if here:
-        rung["best"] = f"{min((value for _, value in here), key=lambda v: study.sign * v):.6g}"
+    if finite := [value for _, value in here if math.isfinite(value)]:
+        rung["best"] = f"{min(finite, key=lambda v: study.sign * v):.6g}"
     return rung

@@ -64,7 +64,9 @@ def _standardised(values: "Floats") -> "Floats":
     import numpy as np
 
     middle = float(np.median(values))
-    values = np.minimum(values, middle + FAR * (middle - float(values.min())))
+    reach = middle - float(values.min())
+    if reach > 0:  # else half of all are the best, and cutting there would make all others as good
+        values = np.minimum(values, middle + FAR * reach)
     scaled: Floats = (values - values.mean()) / (float(np.std(values)) or 1.0)
     return scaled
 

@@ -16,12 +16,13 @@ from finetune_operator.search.types import Outcome, Reading, Study, Trial, Verdi
 def judge(study: Study, trials: Sequence[Trial], index: int, examples: int, value: float) -> Verdict:
     """On trial `index`, whose objective at the rung `examples` is `value`, as reported. A value that is not finite stops it.
 
-    `trials` are all that are known; what they say of trial `index` itself is not looked at.
+    Equals share a rank: where all trials still say the same, none is stopped for it. `trials` are all that are known; what they say of trial
+    `index` itself is not looked at.
     """
     rungs = study.spec.prune_algorithm.rungs
     mine = badness(study, value)
     others = [bad for trial in trials if trial.index != index for bad in _at(study, trial, rungs, examples)]
-    rank, of = 1 + sum(bad <= mine for bad in others), 1 + len(others)
+    rank, of = 1 + sum(bad < mine for bad in others), 1 + len(others)
     return Verdict(not math.isfinite(mine) or _falls(study, mine, others, rank), rank, of)
 
 

@@ -88,7 +88,7 @@ class Verdict:
 
     stop: bool
     rank: int
-    """From 1, the best, among those that were judged here so far, this one included; of equals the earlier ones come first."""
+    """From 1, the best, among those that were judged here so far, this one included; equals share one."""
     of: int
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from finetune_operator.__main__ import build_parser
+from finetune_operator.__main__ import build_parser, everywhere
 
 NEEDED = ["--trainer-image=trainer:1", "--progress-url=https://progress:8443"]
 
@@ -40,6 +40,11 @@ def test_addresses_and_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.namespaces == ["a", "b"]
     monkeypatch.setenv("POD_NAMESPACE", "finetune-system")
     assert build_parser().parse_args(NEEDED).own_namespace == "finetune-system"
+
+
+def test_without_an_address_it_listens_where_its_pod_is_reached() -> None:
+    assert build_parser().parse_args(NEEDED).metrics_bind is None
+    assert (everywhere("10.0.0.7"), everywhere("fd00::7"), everywhere("")) == ("0.0.0.0", "::", "0.0.0.0")
 
 
 def test_help_needs_no_cluster() -> None:

@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from decide_kit import T0, World, running
+from decide_kit import T0, World, running, stamp
 
 from finetune_api.report import ProgressReport
 from finetune_operator.domain.status import merge_evaluations, only_progress_differs
@@ -104,6 +104,63 @@ def test_a_foreign_job_of_the_same_name_is_reported_and_left_alone() -> None:
     assert not [a for a in decision.actions if isinstance(a, CreateJob | DeleteJob)]
     assert world.condition("Running")["reason"] == "NameConflict"
     assert "ft-1" in world.condition("Running")["message"]
+
+
+FOREIGN = {"metadata": {"name": "ft-2", "uid": "z"}, "status": {}}
+
+
+def test_a_foreign_job_of_a_later_attempts_name_is_in_nobodys_way_until_then() -> None:
+    for end, state in (("Complete", "Complete"), ("stop", "Complete"), ("suspend", "Suspended")):
+        world = running()
+        world.children["ft-2"] = FOREIGN
+        if end == "Complete":
+            world.end("ft-1", 0)
+        else:
+            world.job["spec"][end] = True
+            world.reconcile()
+            world.gone()
+        world.reconcile()
+        assert world.status["state"] == state, end
+    world.job["spec"]["suspend"] = False
+    world.reconcile()
+    assert world.condition("Running")["reason"] == "NameConflict"
+    assert world.condition("Suspended")["status"] == "True"
+    assert world.status["restarts"] == 0
+    del world.children["ft-2"]
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+
+
+def test_a_foreign_job_stands_in_the_way_of_a_restart() -> None:
+    world = running()
+    world.children["ft-2"] = FOREIGN
+    world.end("ft-1", 1)
+    world.reconcile()
+    world.wait(60)
+    world.reconcile()
+    assert world.condition("Running")["reason"] == "NameConflict"
+    assert (world.status["state"], world.status["restarts"]) == ("Restarting", 0)
+
+
+def test_a_node_whose_clock_is_ahead_delays_no_restart() -> None:
+    world = running()
+    world.wait(1800)
+    world.end("ft-1", 1)
+    world.wait(-1800)
+    world.reconcile()
+    world.wait(60)
+    world.reconcile()
+    assert world.created == ["ft-1", "ft-2"]
+
+
+def test_a_checkpoint_of_a_later_step_is_newer_whatever_the_clocks_say() -> None:
+    """The first attempt ran on a node whose clock was half an hour ahead."""
+    world = running()
+    for step, ahead in ((400, 1800), (480, 0)):
+        saved = {"step": step, "uri": f"s3://c/{step}", "time": stamp(T0 + timedelta(seconds=ahead)), "sizeBytes": 1}
+        world.progress = Progress(ProgressReport.model_validate({"checkpoint": saved}), T0, 1, "u0")
+        world.reconcile()
+    assert world.status["checkpoint"]["step"] == 480
 
 
 def test_a_refused_create_is_told_and_tried_again() -> None:

@@ -66,3 +66,14 @@ async def test_many_workers_never_share_a_key_and_miss_no_add(queue: WorkQueue[s
     queue.close()
     await asyncio.wait_for(asyncio.gather(*workers), 2)
     assert seen_last == added_last, "the last change of a key was never looked at"
+
+
+async def test_two_queues_share_the_depth() -> None:
+    metrics = Metrics()
+    jobs: WorkQueue[str] = WorkQueue(metrics)
+    sweeps: WorkQueue[str] = WorkQueue(metrics)
+    for key in ("a", "b", "c"):
+        jobs.add(key)
+    sweeps.add("s")
+    await sweeps.get()
+    assert metrics.registry.get_sample_value("finetune_queue_depth") == 3

@@ -9,9 +9,9 @@ import pytest
 
 from finetune_api import names
 from finetune_api.manifest import parse_sweep
-from finetune_api.sweep import HyperparameterSweep
+from finetune_api.sweep import Direction, HyperparameterSweep
 from finetune_api.sweep_status import HyperparameterSweepStatus
-from finetune_operator.domain.sweep_status import SweepDraft
+from finetune_operator.domain.sweep_status import SweepDraft, _rung
 from finetune_operator.search.types import Outcome, Reading, Spent, Study, Trial
 
 KIB = 1024
@@ -75,3 +75,14 @@ def test_three_thousand_trials_fit(parameters: int, limit: int) -> None:
     size = len(json.dumps(found))
     assert size < limit
     assert size < 1.1 * len(json.dumps(status(of, 300)))
+
+
+@pytest.mark.parametrize("direction", ["Maximize", "Minimize"])
+def test_a_rungs_best_is_a_number(direction: str) -> None:
+    of = sweep(1)
+    spec = of.spec.model_copy(update={"objective": of.spec.objective.model_copy(update={"direction": Direction(direction)})})
+    values = (float("nan"), 0.2, float("inf"), 0.4, -float("inf"))
+    trials = [Trial(n, {}, Outcome.PRUNED, (Reading(100, value),)) for n, value in enumerate(values)]
+    rung = _rung(Study(spec), trials, 100)
+    assert (rung["reached"], rung["best"]) == (5, "0.4" if direction == "Maximize" else "0.2")
+    assert "best" not in _rung(Study(spec), trials[:1], 100)

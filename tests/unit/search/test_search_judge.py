@@ -33,8 +33,10 @@ def test_of_three_the_best_goes_on_and_the_first_always_does() -> None:
     assert judge(of, six, 5, 10, 1.5) == Verdict(stop=True, rank=3, of=6)
 
 
-def test_of_equals_the_earlier_ones_come_first() -> None:
-    assert judge(asha(), [at(0, 1.0), at(1, 1.0)], 2, 10, 1.0) == Verdict(stop=True, rank=3, of=3)
+def test_equals_share_a_rank_and_none_is_stopped_for_it() -> None:
+    """As at the first rung of a small data set, where all say the class that is most frequent."""
+    assert judge(asha(), [at(0, 1.0), at(1, 1.0)], 2, 10, 1.0) == Verdict(stop=False, rank=1, of=3)
+    assert judge(asha(), [at(0, 1.0), at(1, 1.0)], 2, 10, 1.1) == Verdict(stop=True, rank=3, of=3)
 
 
 def test_maximize_turns_it_round() -> None:

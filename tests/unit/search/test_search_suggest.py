@@ -304,3 +304,11 @@ def test_outcomes_that_tell_nothing_change_nothing() -> None:
         trials = history(of, 15, bowl)
         noise = [Trial(15, drawn(of, 15), Outcome.IGNORED), Trial(16, {}, Outcome.IGNORED), Trial(17, {}), Trial(18, {"x": 7})]
         assert suggest(of, trials, 30) == suggest(of, [*trials, *noise], 30)
+
+
+def test_where_most_trials_are_equally_good_the_bad_ones_are_still_bad() -> None:
+    """As accuracies of a plateau; all were cut to the same value, and nothing was left to learn from."""
+    scaled = gp._standardised(np.array([-0.95] * 6 + [-0.33] * 4))
+    assert (scaled[6:] > scaled[:6].max() + 1).all()
+    one_exploded = gp._standardised(np.array([0.1, 0.2, 0.3, 1e9]))
+    assert one_exploded[2] - one_exploded[0] > 0.3
