@@ -31,6 +31,7 @@ def predict(
         inputs_: list[Any] = list(texts) or _texts_to_label(file, card)
         if isinstance(inputs_[0], str) and len(card.kind.inputs) > 1:
             raise UserError(f"the model reads {', '.join(card.kind.inputs)} of a row: give a .csv or .jsonl file with --file")
+        _check(inputs_)
         predictor = _load(folder, card)
         answers = predictor.predict(inputs_)
     if as_json:
@@ -127,7 +128,7 @@ def _texts_to_label(file: Path | None, card: "Card") -> list[Any]:
     else:
         if sys.stdin.isatty():
             show.note("reading texts from the terminal, one per line; Ctrl-D ends")
-        texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        texts = _lines(sys.stdin.buffer.read(), "standard input")
     if not texts:
         raise UserError(f"there is nothing to label: {file or 'standard input'} is empty")
     return texts
@@ -138,10 +139,27 @@ def _texts_of(file: Path, card: "Card") -> list[Any]:
         return _inputs(card, _table(file, card.kind.inputs), file)
     if file.suffix != ".txt":
         raise UserError(f"--file {file}: must be a .csv, .jsonl, .parquet or .txt file")
+    return _lines(file.read_bytes(), str(file))
+
+
+def _lines(data: bytes, source: str) -> list[Any]:
     try:
-        return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8: save the file as UTF-8") from error
+        raise UserError(f"{source}: is not UTF-8: save the file as UTF-8") from error
+
+
+def _check(texts: list[Any]) -> None:
+    """Of texts that are in no table what is asked of those that are."""
+    from finetune_trainer.tasks.base import BadRowError, text_of
+
+    for number, text in enumerate(texts, start=1):
+        name = f"text {number}"
+        try:
+            if isinstance(text, str):
+                text_of({name: text}, name)
+        except BadRowError as error:
+            raise UserError(str(error)) from error
 
 
 def _table(file: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def run(
         if root is not None:
             environment[names.ENV_S3_ROOT] = str(root)
         command = [*job.spec.trainer.command, *job.spec.trainer.args] or [sys.executable, "-m", "finetune_trainer"]
-        code = _train(command, environment, lock, log)
+        code = _train(command, environment, lock, log, ours=not job.spec.trainer.command)
         end = _end_report(log)
     if code == 0 and job.spec.trainer.command:
         show.line(f"{job.metadata['name']}: trainer.command ended well")
@@ -96,14 +96,16 @@ class _Stops:
         self.asked += 1
 
 
-def _train(command: list[str], environment: dict[str, str], lock: int, log: Path) -> int:
+def _train(command: list[str], environment: dict[str, str], lock: int, log: Path, *, ours: bool) -> int:
     """Runs the trainer to its end; its exit code (128 + n where signal n ended it)."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(names.RESERVED_ENV_PREFIXES)}
     # A file of the user's named as a module of ours must not be imported in its place.
     everything = {**inherited, **environment, "PYTHONSAFEPATH": "1"}
     stops = _Stops()
     # Ignored signals stay ignored in the child until it has its own handlers: a Ctrl-C while Python starts would kill it unsaved.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A script of the user's might never get one: those that we handle have their default there.
+    meanwhile: signal.Handlers | _Stops = signal.SIG_IGN if ours else stops
+    before = {number: signal.signal(number, meanwhile) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         try:
             process = subprocess.Popen(command, env=everything, stdin=subprocess.DEVNULL, pass_fds=[lock])
@@ -185,6 +187,7 @@ def _show_model(stored: ResultFile, root: Path | None) -> None:
 def _explain(code: int, end: EndReport | None) -> None:
     """What the trainer's last line (its sentence) means, and what can be done. The sentence itself is on the screen already."""
     again = "run the same command again"
+    killer = next((number.name for number in signal.Signals if number == code - SIGNAL_EXIT), None)
     if end is not None and end.reason in BY_REASON:
         failure = BY_REASON[end.reason]
         if end.outcome is Outcome.INTERRUPTED:
@@ -193,10 +196,9 @@ def _explain(code: int, end: EndReport | None) -> None:
             return
         advice = f"{again} to go on from the last checkpoint" if failure.retriable else f"correct that, then {again}"
         show.note(f"finetune: the training failed with {failure.reason} ({failure.meaning}): {advice}. Exit code {code}.")
-    elif code > SIGNAL_EXIT:
-        name = signal.Signals(code - SIGNAL_EXIT).name
+    elif killer is not None:
         memory = "; if nobody did that, memory ran out: lower hyperparameters.batchSize or dataset.maxLength"
-        cause = f"the trainer was ended by {name}{memory if name == 'SIGKILL' else ''}"
+        cause = f"the trainer was ended by {killer}{memory if killer == 'SIGKILL' else ''}"
         show.note(f"finetune: {cause}. To go on from the last checkpoint, {again}. Exit code {code}.")
     else:
         show.note(f"finetune: the trainer ended without a report; its output above says why. Exit code {code}.")

@@ -256,6 +256,34 @@ def test_asked_to_stop_it_saves_first(place: Place, number: signal.Signals) -> N
         assert_goes_on(place, name)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_script_that_handles_no_signal_is_ended_by_it(place: Place, number: signal.Signals) -> None:
+    # It was started with both ignored, and that outlasts exec.
+    name = f"script-{number.name.lower()}"
+    ready = place.folder / f"{name}.ready"
+    file = place.manifest(name, trainer={"command": ["sh", "-c", f"touch '{ready}'; exec sleep 30"]})
+    with subprocess.Popen(
+        [FINETUNE, *place.arguments(file)], env=QUIET, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        while not ready.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        if number is signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + number, errors
+    assert f"the trainer was ended by {number.name}" in errors
+
+
+def test_a_script_ends_with_its_own_exit_code(place: Place) -> None:
+    # 255 is 128 + 127, which is no signal: telling of it ended in a traceback.
+    file = place.manifest("minus-one", trainer={"command": [sys.executable, "-c", "raise SystemExit(-1)"]})
+    done = execute(*place.arguments(file))
+    assert_sentence(done, 255, "the trainer ended without a report", "Exit code 255")
+
+
 def test_two_runs_of_one_job_do_not_meet(place: Place) -> None:
     with start(place, "twice", epochs=2000) as process:  # it outlasts the time that a run waits for one that is ending
         try:
@@ -338,6 +366,7 @@ def test_predict_and_evaluate_errors(place: Place, trained: "subprocess.Complete
     assert_sentence(execute("predict", "--model", tmp_path / "nope", "x"), 2, "--model", "nope")
     assert_sentence(execute("predict", "--model", tmp_path, "x"), 12, "finetune.json")
     assert_sentence(execute("predict", "--model", model), 2, "standard input is empty")
+    assert_sentence(execute("predict", "--model", model, "good", ""), 2, "text 2 is empty")
     assert_sentence(execute("predict", "--model", model, "x", "--file", data), 2, "not both")
     assert_sentence(execute("evaluate", "--model", model, "--data", data), 11, "row 2", *LABELS)
     assert_sentence(

@@ -3,6 +3,7 @@
 Their files in a checkpoint are peft's own. The pretrained weights are not in it; they are fetched again.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,9 @@ _PREFIX = "base_model.model."
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-def add(model: "PreTrainedModel", lora: Lora, uri: str, trained: Path | None) -> None:
-    """Puts fresh adapters into the model, or those in the folder. The head trains as a whole. Consumes the global RNG."""
+def add(model: "PreTrainedModel", lora: Lora, uri: str, trained: Path | None, missing: Collection[str]) -> None:
+    """Puts fresh adapters into the model, or those in the folder. What was not pretrained trains as a whole: the head, and what holds the
+    weights that are `missing` in the model's files. Consumes the global RNG."""
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -29,7 +31,7 @@ def add(model: "PreTrainedModel", lora: Lora, uri: str, trained: Path | None) ->
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules or _linear(model),
-        modules_to_save=_heads(model),
+        modules_to_save=[*_heads(model), *_new(model, missing)] or None,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
     try:
@@ -42,7 +44,13 @@ def add(model: "PreTrainedModel", lora: Lora, uri: str, trained: Path | None) ->
     config.base_model_name_or_path = uri.removeprefix("hf://").partition("@")[0] if uri.startswith("hf://") else uri
     if trained is not None:
         weights = {name.removeprefix(_PREFIX): weight for name, weight in load_file(trained / WEIGHTS_FILE).items()}
-        set_peft_model_state_dict(model, weights, adapter_name=NAME)
+        try:
+            set_peft_model_state_dict(model, weights, adapter_name=NAME)
+        except KeyError as error:  # its hash fits: another version wrote it, which did not train this part
+            raise TrainingFailure(
+                "CheckpointCorrupt",
+                f"{trained / WEIGHTS_FILE} has no {error.args[0]}: choose another output.storageUri to train from the start",
+            ) from error
 
 
 def _linear(model: "PreTrainedModel") -> list[str]:
@@ -60,15 +68,22 @@ def _linear(model: "PreTrainedModel") -> list[str]:
     return sorted(set(inside))
 
 
-def _heads(model: "PreTrainedModel") -> list[str] | None:
+def _heads(model: "PreTrainedModel") -> list[str]:
     """What is not in the body: without it a new head would never train. A decoder's head is part of what was pretrained."""
     if model.get_output_embeddings() is not None:
-        return None
+        return []
     return [
         name
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ] or None
+    ]
+
+
+def _new(model: "PreTrainedModel", missing: Collection[str]) -> list[str]:
+    """Modules of the body with missing weights (BERT's pooler, where a masked language model was pretrained): each time the model is built
+    they are drawn anew, so that adapters trained beside them are worth nothing without them."""
+    body = f"{model.base_model_prefix}."
+    return sorted({name.rpartition(".")[0] for name, _ in model.named_parameters() if name in missing and name.startswith(body)})
 
 
 def named(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":

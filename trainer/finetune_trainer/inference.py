@@ -1,6 +1,7 @@
 """Uses a trained model: `finetune predict`, `finetune evaluate`, and tests. Applies what finetune.json says."""
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,15 +66,23 @@ class Predictor:
         self.model, self.tokenizer, self.card, self.kind = trained, tokenizer, card, card.kind
         self.device = next(trained.parameters()).device
         self.kind.attach(trained, tokenizer)
+        if card.task is Task.CAUSAL_LM:
+            from transformers import GenerationConfig
+
+            # Many models bring penalties, beams and the like with them: only how an answer ends is kept.
+            trained.generation_config = GenerationConfig(eos_token_id=trained.generation_config.eos_token_id)
 
     def predict(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
         """One answer per text, in order: label, labels or value with what they rest on, tags of words, or a completion.
 
-        A text is what TaskKind.input makes of a row; for tags a plain text will do, and is cut into words at its spaces.
+        A text is what TaskKind.input makes of a row. A plain text will do for tags, where it is cut into words at its spaces, and for
+        chats, where it is what the user says.
         """
         if not texts:
             return []
         if self.card.task is Task.CAUSAL_LM:
+            if self.card.dataset.messages_column is not None:
+                texts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in texts]
             prompts = _of_each(texts, lambda text: prompt_tokens(text, self.tokenizer))
             return [{"completion": self._complete(ids)} for ids in prompts]
         if self.card.task is Task.TOKEN_CLASSIFICATION:
@@ -92,12 +101,15 @@ class Predictor:
     def _complete(self, ids: list[int]) -> str:
         import torch
 
+        positions = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        # Cut as in training, where the end of a prompt stays; what is written needs positions too, in a small model half of them.
+        ids = ids[-min(self.card.dataset.max_length, positions - min(MAX_NEW_TOKENS, positions // 2)) :]
         given = torch.tensor([ids], device=self.device)
         with torch.inference_mode():
             made = self.model.generate(
                 given,
                 attention_mask=torch.ones_like(given),
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=min(MAX_NEW_TOKENS, positions - len(ids)),
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
@@ -133,6 +145,7 @@ def _of_each(items: Sequence[Any], read: Callable[[Any], Any]) -> list[Any]:
 
 def load(model_dir: Path, card: Card | None = None) -> Predictor:
     """The model in this folder; with adapters alone, also the model they belong to. Raises TrainingFailure(ModelNotFound)."""
+    import torch
     import transformers
 
     card = card or Card.read(model_dir)
@@ -146,14 +159,16 @@ def load(model_dir: Path, card: Card | None = None) -> Predictor:
             with tempfile.TemporaryDirectory(prefix="finetune-model-") as scratch:
                 runtime = config.Runtime("predict", Path(scratch), **config.places())
                 base = model.fetch(card.model, runtime)
-                trained = auto.from_pretrained(base, config=_configuration(base, card), **_LOCAL)
+                # As in training, whatever the base was saved in. A head for other labels gives way to the adapters' own.
+                as_trained = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True}
+                trained = auto.from_pretrained(base, config=_configuration(base, card), **as_trained, **_LOCAL)
                 trained.load_adapter(str(model_dir))
         else:
             trained = auto.from_pretrained(model_dir, **_LOCAL)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, **_LOCAL)
         if card.pooling is not Pooling.MEAN:
             model.agree_on_padding(trained.config, tokenizer)  # beside adapters alone it is as its model was pretrained
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise TrainingFailure(
             "ModelNotFound", f"{model_dir}: the model cannot be loaded: {str(error).splitlines()[0]}"
         ) from error

@@ -18,7 +18,7 @@ import torch
 
 from finetune_api import Recipe
 from finetune_api.hyperparameters import Precision
-from finetune_trainer import layers, optim, selection, sharding, snapshot
+from finetune_trainer import layers, optim, selection, sharding, snapshot, vocabulary
 from finetune_trainer.checkpoint import Checkpoint, Checkpoints
 from finetune_trainer.data import plan
 from finetune_trainer.dist import ALONE, Group
@@ -66,7 +66,7 @@ class Loop:
         self.state.precision = precision.value
         layers.check(self.model, self.hyper)
         sharding.place(self.model, self.group, DTYPES.get(precision))
-        self.rate = optim.learning_rate(self.recipe, sum(p.numel() for p in self.model.parameters()))
+        self.rate = optim.learning_rate(self.recipe, vocabulary.size(self.model))
         self.optimizer = optim.build(self.model, self.hyper, self.rate)
         self.steps_per_epoch = math.ceil(len(self.train_data) / self.hyper.batch_size)
         planned = self.steps_per_epoch * self.hyper.epochs

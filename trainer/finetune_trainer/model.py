@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,7 @@ def build(
     try:
         if recipe.model.pooling is Pooling.MEAN:
             return _mean_pooled(folder, recipe, kind, tokenizer, trained)
-        model = _load(folder, recipe, kind, tokenizer)
+        model, missing = _load(folder, recipe, kind, tokenizer)
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingFailure(
             "ModelNotFound", f"model.uri {recipe.model.uri}: it cannot be loaded: {_first_line(error)}"
@@ -141,7 +142,7 @@ def build(
             raise TrainingFailure("RecipeInvalid", f"hyperparameters.gradientCheckpointing: {model.config.model_type} has none")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.model.lora is not None:
-        adapters.add(model, recipe.model.lora, recipe.model.uri, trained)
+        adapters.add(model, recipe.model.lora, recipe.model.uri, trained, missing)
     from finetune_trainer import shortcuts
 
     fields = [f for group in DROPOUT_FIELDS["attention"] for f in group]
@@ -187,7 +188,10 @@ def _mean_pooled(
     return pooling.MeanPooled(encoder, pooling.Head(encoder.config.hidden_size, len(kind.labels) or 1, dropout))
 
 
-def _load(folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+def _load(
+    folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple["PreTrainedModel", Collection[str]]:
+    """The model, and the names of its weights that are not in the files: they are new."""
     import torch
     import transformers
 
@@ -195,19 +199,23 @@ def _load(folder: Path, recipe: Recipe, kind: TaskKind, tokenizer: "PreTrainedTo
     keeps = kind.keeps_head(config)
     kind.configure(config)
     set_dropout(config, recipe.hyperparameters.dropout)
-    options = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32, "use_safetensors": True}
+    options = {
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "dtype": torch.float32,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
     auto = getattr(transformers, kind.auto_class)
     if keeps or not _has_head(config):
-        model, found = auto.from_pretrained(
-            folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
+        model, found = auto.from_pretrained(folder, config=config, ignore_mismatched_sizes=True, **options)
         kind.check_head(found["missing_keys"])
-        return model
+        return model, found["missing_keys"]
     # Its head says other labels: the body alone is taken over.
     model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    body = transformers.AutoModel.from_pretrained(folder, config=config, **options)
+    body, found = transformers.AutoModel.from_pretrained(folder, config=config, **options)
     model.base_model.load_state_dict(body.state_dict(), strict=False)
-    return model
+    return model, {f"{model.base_model_prefix}.{name}" for name in found["missing_keys"]}
 
 
 def _has_head(config: "PretrainedConfig") -> bool:

@@ -80,6 +80,12 @@ def narrowed(model: nn.Module) -> Iterator[tuple[str, NarrowEmbedding]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, NarrowEmbedding))
 
 
+def size(model: nn.Module) -> int:
+    """How many parameters the model has, words that do not occur included: what follows from it must not depend on the data."""
+    hidden = sum(module.pretrained.numel() - module.weight.numel() for _, module in narrowed(model))
+    return sum(p.numel() for p in model.parameters()) + hidden
+
+
 def whole_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict with all rows, as a stock model has them."""
     return state | {f"{name}.weight": module.whole() for name, module in narrowed(model)}

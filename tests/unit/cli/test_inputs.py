@@ -1,6 +1,8 @@
 """Paths, columns and tables of the command line, without a process."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,24 @@ def test_text_files_are_one_text_a_line(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="UTF-8"):
         inference._texts_of(file, CARD)
+
+
+def test_standard_input_is_read_as_a_text_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(data: bytes) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        return inference._texts_to_label(None, CARD)
+
+    assert read("\ufeffone\n\ncafé\n".encode()) == ["one", "café"]
+    with pytest.raises(UserError, match="^standard input: is not UTF-8: save the file as UTF-8"):
+        read(b"one\ncaf\xe9\n")
+
+
+@pytest.mark.parametrize(("wrong", "told"), [("", "is empty"), (" ", "is empty"), ("caf\udce9", "holds half a surrogate pair")])
+def test_a_text_that_no_table_may_hold_is_named_by_its_number(tmp_path: Path, wrong: str, told: str) -> None:
+    card = {"task": "CausalLM", "model": "hf://a/b", "dataset": {"uri": "file:///data", "messagesColumn": "messages"}}
+    (tmp_path / "finetune.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=f"^text 2 {told}"):
+        inference.predict(str(tmp_path), ["good", wrong], file=None, text_column=None, as_json=True, s3_root=None)
 
 
 @pytest.mark.parametrize("card", ["[]", "{", '{"labels": []}'])

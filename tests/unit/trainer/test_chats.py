@@ -94,6 +94,15 @@ def test_a_long_chat_that_the_assistant_begins_is_cut_and_learned(tokenizer: Any
     assert encoded.truncated == 1
 
 
+def test_a_plain_text_is_what_the_user_says(decoder: Path, tokenizer: Any) -> None:
+    # It went to the model as it was: without the template, and without the header of an answer.
+    predictor = inference.load(decoder, inference.Card(Task.CAUSAL_LM, "hf://a/b", kind().dataset))
+    assert predictor.predict(["slow", "good box"]) == predictor.predict([said(("user", "slow")), said(("user", "good box"))])
+    predictor.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(TrainingFailure, match="^row 1: the model's chat template refuses the messages"):
+        predictor.predict(["slow"])
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused --
 def test_a_chat_that_the_template_refuses_is_a_bad_row(chats: Job) -> None:
     # It ended as UserCodeError: unnamed, and tried again and again.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_resume import EVERY_STEP, same
 from trainer_kit import LABELS, Job, Killed, make_model, rows, write_csv, write_data
 
-from finetune_trainer import vocabulary
+from finetune_trainer import optim, vocabulary
 from finetune_trainer.errors import TrainingFailure
 
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
@@ -97,6 +97,18 @@ def test_validation_may_have_words_that_training_lacks(wide: Job, tmp_path: Path
         metrics = json.loads((run.output / "result.json").read_text())["result"]["metrics"]
         losses.append(float(next(m["value"] for m in metrics if m["name"] == "validation/loss")))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_default_rate_follows_from_the_model_and_not_from_the_data(wide: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    size = AutoModelForSequenceClassification.from_pretrained(wide.model, num_labels=len(LABELS)).num_parameters()
+    monkeypatch.setattr(optim, "DEFAULT_RATES", ((size, 0.1), (size + 1, 0.2)))
+    for share in (0.0, 0.5):  # all words, and those that occur
+        monkeypatch.setattr(vocabulary, "WORTHWHILE", share)
+        run = fresh(wide, f"narrowed-{share}", learningRate=None, epochs=1)
+        run.run()
+        assert json.loads((run.output / "result.json").read_text())["resolved"]["learningRate"] == 0.2
 
 
 @pytest.mark.parametrize(
