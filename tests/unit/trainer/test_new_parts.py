@@ -36,6 +36,9 @@ def poolerless(request: pytest.FixtureRequest, job: Job, tmp_path: Path) -> Job:
     return replace(job, model=folder)
 
 
+@pytest.mark.parametrize(
+    "poolerless", [BASES[0], BASES[2]], ids=["bert", "albert"], indirect=True
+)  # which learn, and are wrecked
 @pytest.mark.parametrize("changes", [ALONE, {"model": {"lora": LORA}}], ids=["adapters", "merged adapters"])
 def test_it_comes_back_with_the_adapters_that_were_trained_beside_it(poolerless: Job, changes: dict[str, Any]) -> None:
     # It was drawn anew for the best model, and again for each prediction.
