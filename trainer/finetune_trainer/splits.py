@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,14 +130,10 @@ def _read(dataset: Dataset, kind: TaskKind, runtime: Runtime, log: Log) -> tuple
             raise TrainingFailure("DataInvalid", f"{file}: the file holds no examples")
         splits[split] = read.examples
         clusters = clusters or read.clusters
-    left_out = _count(bad)
+    left_out = tables.count(bad)
     if left_out:
         log(f"data: {left_out} rows cannot be used and are left out: {tables.listed(bad)}")
     return splits, clusters, left_out
-
-
-def _count(bad: Mapping[str, list[BadRow]]) -> int:
-    return sum(row.rows for rows in bad.values() for row in rows)
 
 
 def _fetch(store: Store, split: str, file: str, uri: str, folder: Path, log: Log) -> Path:

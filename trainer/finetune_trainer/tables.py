@@ -67,10 +67,15 @@ def listed(bad: Mapping[str, Sequence[BadRow]]) -> str:
     return "; ".join(parts) + (f" and {more} more rows" if more else "")
 
 
+def count(bad: Mapping[str, Sequence[BadRow]]) -> int:
+    """Rows that cannot be used, of all files."""
+    return sum(row.rows for rows in bad.values() for row in rows)
+
+
 def check(bad: Mapping[str, Sequence[BadRow]], allowed: int) -> None:
     """Raises TrainingFailure(DataInvalid) where there are more of them, by file, than dataset.maxBadRows allows."""
-    if (count := sum(row.rows for rows in bad.values() for row in rows)) > allowed:
-        more = f"; {count} bad rows are more than dataset.maxBadRows ({allowed})" if allowed else ""
+    if (found := count(bad)) > allowed:
+        more = f"; {found} bad rows are more than dataset.maxBadRows ({allowed})" if allowed else ""
         raise TrainingFailure("DataInvalid", f"{listed(bad)}{more}")
 
 
