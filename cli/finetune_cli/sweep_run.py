@@ -183,12 +183,14 @@ class Host:
             show.note(f"finetune: ended at once. To go on from the newest checkpoints, {_AGAIN}.")
             return KILLED
         jobs = self.objects.all(names.KIND_JOB)
+        # Before the reports are taken: all that an attempt has said is there once it has ended.
+        ended = {name for name, attempt in self.attempts.items() if attempt.ended()}
         news = self.server.take({job["metadata"]["name"]: job["metadata"]["uid"] for job in jobs})
         self.reports |= news
         still = False
         for job in jobs:
             if not is_finished(job.get("status") or {}):
-                self._tend(job, news=job["metadata"]["name"] in news)
+                self._tend(job, news=job["metadata"]["name"] in news.keys() | ended)
                 after = self.objects.need(job["metadata"]["name"]).get("status") or {}
                 still = still or not (is_finished(after) or is_true(after, Condition.SUSPENDED))
         if self.asked:
@@ -264,11 +266,10 @@ class Host:
         attempt = self.attempts.get(name)
         if attempt is not None and attempt.deleted:
             attempt.ask()
-        ended = attempt is not None and attempt.ended()
         status = job.get("status") or {}
         # The spec's wish is not met yet, or nothing was decided at all.
         unmet = not status or self.asked or job["spec"].get("stop") or job["spec"].get("suspend") or is_true(status, "Suspended")
-        if news or ended or unmet or self._is_due(name) or attempt is None:
+        if news or unmet or self._is_due(name) or attempt is None:
             self._decide_trial(job, attempt)
 
     def _decide_trial(self, job: Object, attempt: Attempt | None) -> None:

@@ -69,8 +69,11 @@ class Predictor:
         if card.task is Task.CAUSAL_LM:
             from transformers import GenerationConfig
 
-            # Many models bring penalties, beams and the like with them: only how an answer ends is kept.
-            trained.generation_config = GenerationConfig(eos_token_id=trained.generation_config.eos_token_id)
+            # Many models bring penalties, beams and the like with them: only how an answer ends is kept. Training ends its
+            # completions as the tokenizer says, which may be something else.
+            ends = trained.generation_config.eos_token_id
+            known = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+            trained.generation_config = GenerationConfig(eos_token_id=sorted(known) or None)
 
     def predict(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
         """One answer per text, in order: label, labels or value with what they rest on, tags of words, or a completion.

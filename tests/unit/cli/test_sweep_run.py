@@ -21,7 +21,7 @@ from sweep_kit import QUIET, Place, finetune, play
 from finetune_api import names
 from finetune_cli.sweep_objects import read
 from finetune_cli.sweep_process import Attempt, ProgressServer
-from finetune_cli.sweep_run import SETTINGS
+from finetune_cli.sweep_run import SETTINGS, run_sweep
 from finetune_cli.sweep_show import Board
 from finetune_operator.domain.sweep import decide_sweep
 from finetune_operator.domain.sweep_types import SweepObserved
@@ -212,6 +212,30 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     assert len({(name, attempt) for name, attempt, _ in attempts}) == len(attempts)
     assert len({(name, rate) for name, _, rate in attempts}) == 14
     assert finetune("sweep", "replay", place.work).stdout.startswith("tiny: 14 suggestions and 0 verdicts")
+
+
+def test_what_a_script_says_just_before_its_end_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reports and ends between two looks of the host: in the time that the host takes to write its files down."""
+    place = Place(tmp_path)
+    place.bucket.mkdir(parents=True)
+    file = place.manifest(
+        objective={"metric": "score", "direction": "Minimize"},
+        parameters=[{"name": "rate", "env": "RATE", "searchSpace": {"logUniform": {"min": 1e-6, "max": 1e-2}}}],
+        pruneAlgorithm={"none": {}},
+        numTrials=2,
+        trialTemplate={"spec": {"trainer": {"command": [sys.executable, "-c", SCRIPT, str(tmp_path / "told.jsonl")]}}},
+    )
+    take = ProgressServer.take
+
+    def slow(server: ProgressServer, uids: dict[str, str]) -> dict[str, Any]:
+        taken = take(server, uids)
+        time.sleep(3)
+        return taken
+
+    monkeypatch.setattr(ProgressServer, "take", slow)
+    places: dict[str, Any] = {"workdir": place.work, "s3_root": tmp_path / "s3", "model_mirror": None, "dataset_mirror": None}
+    assert run_sweep(file, [], **places) == 0
+    assert _objects(place)["tiny"]["status"]["trials"]["complete"] == 2
 
 
 def test_the_table_marks_the_best(tmp_path: Path) -> None:

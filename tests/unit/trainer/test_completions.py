@@ -16,11 +16,13 @@ LONG = " ".join(row["text"] for row in rows(60))
 """More than 200 words."""
 
 
-def saved(folder: Path, tokenizer: Path, *, positions: int = 512, max_length: int = 256, **brought: Any) -> inference.Predictor:
+def saved(
+    folder: Path, tokenizer: Path, *, positions: int = 512, max_length: int = 256, eos: str | None = None, **brought: Any
+) -> inference.Predictor:
     """A GPT-2 with weights large enough that what it writes depends on all that it reads, loaded as a trained one."""
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": positions, "initializer_range": 0.5}
     ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer, eos_token=eos).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model("gpt2", vocab_size=27, **sizes, **ends)
@@ -45,11 +47,22 @@ def test_the_ways_of_generating_that_a_model_brings_are_not_used(tiny_model: Pat
     plain = saved(tmp_path / "plain", tiny_model)
     ids = prompt_tokens("it was good", plain.tokenizer)
     written = most_probable(plain, ids, inference.MAX_NEW_TOKENS)
-    brought = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "num_beams": 3, "min_new_tokens": 40, "guidance_scale": 1.5}
+    last = max(set(written), key=written.index)  # late: a penalty shows only in tokens that come again
+    until = written[: 1 + min(written.index(t) for t in (1, last) if t in written)]
+    brought = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "num_beams": 3, "min_new_tokens": 80, "guidance_scale": 1.5}
     for name, value in brought.items():
-        other = saved(tmp_path / name, tiny_model, **{name: value}, eos_token_id=[1, written[20]])
-        until = written[: 1 + min(written.index(t) for t in (1, written[20]) if t in written)]
+        other = saved(tmp_path / name, tiny_model, **{name: value}, eos_token_id=[1, last])
         assert other.predict(["it was good"]) == [{"completion": plain.tokenizer.decode(until, skip_special_tokens=True)}], name
+
+
+@pytest.mark.parametrize("ends", [None, 1, [1, 2]])
+def test_a_completion_ends_where_those_of_the_training_did(tiny_model: Path, tmp_path: Path, ends: Any) -> None:
+    plain = saved(tmp_path / "plain", tiny_model)
+    written = most_probable(plain, prompt_tokens("it was good", plain.tokenizer), inference.MAX_NEW_TOKENS)
+    end = max(set(written), key=written.index)
+    other = saved(tmp_path / "other", tiny_model, eos=plain.tokenizer.convert_ids_to_tokens(end), eos_token_id=ends)
+    until = [t for t in written[: written.index(end)] if t not in other.tokenizer.all_special_ids]
+    assert other.predict(["it was good"]) == [{"completion": plain.tokenizer.decode(until, skip_special_tokens=True)}]
 
 
 @pytest.mark.parametrize(
