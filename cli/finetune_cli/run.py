@@ -102,17 +102,17 @@ def _train(command: list[str], environment: dict[str, str], lock: int, log: Path
     # A file of the user's named as a module of ours must not be imported in its place.
     everything = {**inherited, **environment, "PYTHONSAFEPATH": "1"}
     stops = _Stops()
-    # Ignored signals stay ignored in the child until it has its own handlers: a Ctrl-C while Python starts would kill it unsaved.
-    # A script of the user's might never get one: those that we handle have their default there.
-    meanwhile: signal.Handlers | _Stops = signal.SIG_IGN if ours else stops
-    before = {number: signal.signal(number, meanwhile) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stops) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Signals that are held back stay so in the child until it has its own handlers: a Ctrl-C while Python starts would kill it unsaved.
+    # A script of the user's might never get one. Here they are held back too for a moment, and none is lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, before if ours else ())
     try:
         try:
             process = subprocess.Popen(command, env=everything, stdin=subprocess.DEVNULL, pass_fds=[lock])
         except OSError as error:
             raise UserError(f"trainer.command: {command[0]} cannot be started: {error.strerror}") from error
-        for number in before:
-            signal.signal(number, stops)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         code = _wait(process, stops, log)
     finally:
         for number, handler in before.items():

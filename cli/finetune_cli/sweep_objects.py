@@ -96,7 +96,8 @@ class Objects:
 def read(folder: Path) -> dict[str, Object]:
     """All objects of a folder by name, also while a sweep runs in it. Raises UserError."""
     found = {}
-    for file in sorted(folder.glob("*.json")):
+    # The sweep, whose name is the shortest, before its trials: once it has ended no trial changes any more.
+    for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.name), file.name)):
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
             known = document["kind"] in (names.KIND_SWEEP, names.KIND_JOB)

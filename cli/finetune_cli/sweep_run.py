@@ -172,8 +172,7 @@ class Host:
         return code
 
     def _signalled(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked += 1
-        self.wake.set()
+        self.asked += 1  # and no more: `wake` has a lock, which the code that was interrupted here may hold
 
     def _look(self) -> int | None:
         """One round; the exit code where it was the last."""

@@ -141,6 +141,19 @@ def test_a_pod_goes_on_posting_after_the_operator_was_killed(pod: Pod, jobs: Job
     wait(lambda: percentage(jobs) == 20, "progress after the restart")
 
 
+def test_what_a_pod_was_told_is_taken_is_in_the_status_when_the_operator_has_ended(
+    pod: Pod, jobs: Jobs, operator: Operator
+) -> None:
+    """The second report waits for its turn: whoever leads next would not have it."""
+    token = pod.token()
+    assert pod.post(token, percent(30))[0] == 200
+    wait(lambda: percentage(jobs) == 30, "progress in the status")
+    assert pod.post(token, percent(31))[0] == 200
+    assert operator.stop() < 5
+    assert percentage(jobs) == 31
+    operator.start()
+
+
 def test_a_job_made_anew_under_a_name_does_not_inherit_progress(pod: Pod, jobs: Jobs, operator: Operator) -> None:
     pod.post(pod.token(), percent(77))
     wait(lambda: percentage(jobs) == 77, "progress")

@@ -13,10 +13,17 @@ from typing import NoReturn
 
 def main() -> int:
     """The exit code."""
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Only a flag: the loop looks at it between steps, where the state is whole.
-        signal.signal(number, lambda *_: stopping.set())
+    stopping, signals = threading.Event(), (signal.SIGTERM, signal.SIGINT)
+
+    def heard(*_: object) -> None:
+        """Only sets a flag: the loop looks at it between steps, where the state is whole."""
+        for number in signals:  # a second one within set(), whose lock is held, would wait for it for ever
+            signal.signal(number, signal.SIG_IGN)
+        stopping.set()
+
+    for number in signals:
+        signal.signal(number, heard)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # `finetune run` holds back those that come earlier
     from finetune_trainer.process import run
 
     return run(stopping)

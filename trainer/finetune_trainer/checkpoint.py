@@ -22,7 +22,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -220,14 +220,23 @@ class Checkpoints:
         return None
 
     # --------------------------------------------------------------------------------------------------------- write --
-    def begin(self, parent: int) -> None:
-        """Registers this execution as the newest; what older ones write beyond `parent` does not count from now on, and is removed."""
+    def begin(self, parent: int, needs: Collection[str | None] = ()) -> None:
+        """Registers this execution as the newest; what older ones write beyond `parent` does not count from now on, and is removed.
+
+        Raises Superseded where an older one, that was only thought dead, has deleted a checkpoint that this one `needs`: then it does not
+        count itself, and the newer steps do.
+        """
         number = max(_executions(self.store.list("executions/")), default=0) + 1
         # The id tells our own entry from that of an execution that begins in the same second (put_if_absent compares content).
         data = json.dumps({"parent": parent, "time": _now(), "id": uuid.uuid4().hex}).encode()
         while not self.store.put_if_absent(f"executions/{number:04d}.json", data):
             number += 1
         self.execution = number
+        if lost := {*needs} - {None, *(c.name for c in self.committed())}:
+            self.store.delete(f"executions/{number:04d}.json")
+            raise TrainingFailure(
+                "Superseded", f"{', '.join(map(str, lost))} was deleted meanwhile: an older execution is still at work"
+            )
         sweep(self.store, "step-", self.log)
         with self._only_told():
             self._rubbish |= dict.fromkeys(self._leftovers())
@@ -300,7 +309,7 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001  (told: the other failure is the one that counts)
             self.log(f"the last save failed as well: {getattr(error, 'message', type(error).__name__)}")
 
-    def _check_not_replaced(self) -> None:
+    def check_not_replaced(self) -> None:
         """A newer execution has begun: what this one writes no longer counts, and it must not delete what the newer one needs."""
         newest = max(_executions(self.store.list("executions/")), default=0)
         if newest > self.execution:
@@ -331,7 +340,7 @@ class Checkpoints:
                 raise TrainingFailure("Superseded", f"{self.store.uri}/{name} was committed by somebody else")
             self._remember(Checkpoint(name, manifest))
             shutil.rmtree(folder)
-            self._check_not_replaced()
+            self.check_not_replaced()
             self._count(saves=1)
             done(Checkpoint(name, manifest))
             with self._only_told():

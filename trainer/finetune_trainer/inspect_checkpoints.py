@@ -80,12 +80,14 @@ class Inspection:
         None: it was deleted while it was read. What was downloaded is removed in the end."""
         self._said.clear()
         try:
-            folder = self._place.fetch(checkpoint)
-            if folder is not None:
-                yield folder
-            elif f"{checkpoint.name}/{MANIFEST}" in self.store.list(f"{checkpoint.name}/"):
-                yield "; ".join(self._said)
-            else:
-                yield None
+            yield self._fetch(checkpoint)
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _fetch(self, checkpoint: Checkpoint) -> Path | str | None:
+        with contextlib.suppress(Missing):  # a folder that goes while it is listed
+            if (folder := self._place.fetch(checkpoint)) is not None:
+                return folder
+            if f"{checkpoint.name}/{MANIFEST}" in self.store.list(f"{checkpoint.name}/"):
+                return "; ".join(self._said)
+        return None

@@ -174,7 +174,8 @@ class Run:
         elif not self.group.sharded:  # whose parts are put together by name and shape
             vocabulary.narrow(learner, recipe.hyperparameters, encoded["train"].ids.values, int(tokenizer.pad_token_id))
         if self.group.leads:
-            checkpoints.begin(restored[0].step if restored else 0)
+            begun = restored[0] if restored else None
+            checkpoints.begin(begun.step if begun else 0, (begun.name, begun.manifest.get("best")) if begun else ())
             sweep(self.output, f"{names.MODEL_DIR}/", self.console.line)
         checkpoints.execution = self.group.tell(checkpoints.execution)
         logs = scratch / "logs" / f"{checkpoints.execution:04d}"
@@ -351,6 +352,7 @@ class Run:
         model_files.save(best, tokenizer, self.recipe, folder, weights)
         if self.recipe.model.pooling is Pooling.MEAN:
             best.encoder.save_pretrained(folder, max_shard_size=model_files.ONE_FILE)
+        loop.checkpoints.check_not_replaced()  # a newer execution's result is not to be deleted
         replace_model(self.output, {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()})
         result = Result(
             model_uri=f"{self.output.uri}/{names.MODEL_DIR}", metrics=metrics, best_step=loop.state.best_step or loop.state.step

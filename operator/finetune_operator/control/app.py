@@ -227,7 +227,8 @@ async def _lead(
     sweeps.queue.close()
     for part in (resync, signals):
         part.cancel()
-    _, late = await asyncio.wait({workers, searching, watching, resync, signals}, timeout=STOP_SECONDS)
+    flushing = asyncio.create_task(_flush(workers, reconciler, leadership), name="flush")
+    _, late = await asyncio.wait({workers, flushing, searching, watching, resync, signals}, timeout=STOP_SECONDS)
     # To the last write the lease is renewed.
     for part in (*late, lease):
         part.cancel()
@@ -237,6 +238,12 @@ async def _lead(
             raise error
         if part is not watching:  # kopf ends by itself only when it took the signal
             raise RuntimeError(f"{part.get_name()} ended by itself")
+
+
+async def _flush(workers: "asyncio.Task[None]", reconciler: Reconciler, leadership: Leadership) -> None:
+    await asyncio.wait({workers})  # one key is never worked on twice at a time
+    if leadership.remaining() > 0:
+        await reconciler.flush()
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

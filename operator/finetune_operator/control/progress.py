@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -64,6 +65,7 @@ class ProgressServer:
         self.queue = queue
         self.metrics = metrics
         self._trusted: OrderedDict[str, _Trusted] = OrderedDict()
+        self._arrivals = count(1)
 
     def app(self, *middlewares: Middleware) -> web.Application:
         """The aiohttp application."""
@@ -93,14 +95,19 @@ class ProgressServer:
 
     async def _take(self, request: web.Request) -> None:
         namespace, name, attempt = (request.match_info[part] for part in ("namespace", "name", "attempt"))
-        key, number = (namespace, name), int(attempt[:9])
+        key, number, arrival = (namespace, name), int(attempt[:9]), next(self._arrivals)
         trusted = await self._verify(request, key, number)
         self._limit(trusted)
         report = _parse(await request.read())
+        if self.queue.closed:
+            raise Denied(503, "this operator ends: post again")  # nobody would write it down
         before = self.reconciler.progress.get(key)
         if before and before.job_uid == trusted.job_uid and before.attempt > number:
             raise Denied(409, f"attempt {number} is over")
-        self.reconciler.progress[key] = Progress(report, datetime.now(UTC), number, trusted.job_uid)
+        if before and (before.job_uid, before.attempt) == (trusted.job_uid, number) and before.arrival > arrival:
+            return  # it was overtaken while the caller was verified
+        self.reconciler.progress[key] = Progress(report, datetime.now(UTC), number, trusted.job_uid, arrival)
+        self.reconciler.unwritten.add(key)
         self.queue.add_after(key, 0.2)
 
     async def _verify(self, request: web.Request, key: Key, attempt: int) -> _Trusted:

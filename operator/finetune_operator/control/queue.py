@@ -39,6 +39,11 @@ class WorkQueue(Generic[K]):
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more keys."""
+        return self._closed
+
     def __len__(self) -> int:
         return len(self._ready)
 

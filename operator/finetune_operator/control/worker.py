@@ -3,6 +3,7 @@
 The loop around it is in loop.py.
 """
 
+import asyncio
 import logging
 import time
 from dataclasses import replace
@@ -37,6 +38,8 @@ class Reconciler(KeyLoop):
         self.settings = settings
         self.progress: dict[Key, Progress] = {}
         """Newest report per resource, filled by the progress server."""
+        self.unwritten: set[Key] = set()
+        """Resources whose newest report is not in their status yet."""
         self._written: dict[Key, float] = {}
         self._uids: dict[Key, str] = {}
         """Which object a key stood for when it was last read: what is remembered is of that one."""
@@ -55,7 +58,16 @@ class Reconciler(KeyLoop):
         observed = await self.observe(job)
         decision = decide(observed, datetime.now(UTC), self.settings)
         decision = await self._apply(job, observed, decision)
-        await self._write(key, job, decision)
+        if await self._write(key, job, decision) and self.progress.get(key) is observed.progress:
+            self.unwritten.discard(key)
+
+    async def flush(self) -> None:
+        """Writes down the reports that still wait for their turn: trainers were told that they were taken, and whoever leads next does not
+        have them. After the workers have ended."""
+        self._written.clear()
+        async with asyncio.TaskGroup() as group:
+            for key in self.unwritten.copy():
+                group.create_task(self._one(key))
 
     def known(self) -> set[Key]:
         """Everything that is remembered."""
@@ -68,6 +80,7 @@ class Reconciler(KeyLoop):
     def forget(self, key: Key) -> None:
         """The resource is gone."""
         self.progress.pop(key, None)
+        self.unwritten.discard(key)
         self._written.pop(key, None)
         self.finished.discard(key)
         self._uids.pop(key, None)
@@ -151,7 +164,8 @@ class Reconciler(KeyLoop):
         await tell(self.cluster, self.metrics, job, event)
 
     # ------------------------------------------------------------------------------------------------------- write -----
-    async def _write(self, key: Key, job: Object, decision: Decision) -> None:
+    async def _write(self, key: Key, job: Object, decision: Decision) -> bool:
+        """Whether the status is what was decided; else it waits for its turn."""
         old = job.get("status") or {}
         new = decision.status
         self.metrics.saw(*key, new.get("state") or "Unknown")
@@ -161,17 +175,19 @@ class Reconciler(KeyLoop):
             self.metrics.began(*key, execution)
         if decision.saving:
             self.metrics.saved(*key, execution, decision.saving)
+        written = True
         if new != old:
             wait = self._written.get(key, 0.0) + PROGRESS_WRITE_SECONDS - time.monotonic()
             if wait > 0 and only_progress_differs(old, new):
                 self.queue.add_after(key, wait)
+                written = False
             else:
                 patch = {"metadata": {"resourceVersion": job["metadata"]["resourceVersion"]}, "status": merge_patch(old, new)}
                 try:
                     await self.cluster.patch(JOBS, *key, patch, subresource="status")
                 except port.NotFound:
                     self.forget(key)
-                    return
+                    return True
                 self._written[key] = time.monotonic()
                 self.metrics.status_writes.inc()
                 self._count(key, old, new)
@@ -182,6 +198,7 @@ class Reconciler(KeyLoop):
             self._written.pop(key, None)
         elif decision.requeue_after is not None:
             self.queue.add_after(key, decision.requeue_after)
+        return written
 
     def _count(self, key: Key, old: Object, new: Object) -> None:
         if more := int(new.get("restarts") or 0) - int(old.get("restarts") or 0):

@@ -50,7 +50,8 @@ def build_closing(
             "labels": {**{k: v for k, v in manifest["metadata"]["labels"].items() if k in names.QUEUE_LABELS}, **labels},
             "ownerReferences": [t.owner(sweep)],
         },
-        "spec": {"backoffLimit": BACKOFF_LIMIT, "template": pod},
+        # Never two of its pods at once: they write the same files.
+        "spec": {"backoffLimit": BACKOFF_LIMIT, "podReplacementPolicy": "Failed", "template": pod},
     }
 
 

@@ -20,7 +20,7 @@ from finetune_api.names import Condition, Reason, State
 from finetune_api.recipe import OnSuspend
 from finetune_api.report import EndReport, Outcome, ProgressReport
 from finetune_operator.domain.child import build_child, build_service, child_name, gpus_per_pod, is_trainers, owned_by
-from finetune_operator.domain.outcome import Ended, end_report, ended, parse_time
+from finetune_operator.domain.outcome import Ended, done_before, end_report, ended, parse_time
 from finetune_operator.domain.status import StatusDraft, find_condition, is_finished, is_true, recorded_uid, stamp
 from finetune_operator.domain.types import (
     Action,
@@ -395,6 +395,8 @@ class _Reconcile:
             return ended(child, self._pods_of(child))
         if not self.draft.new["attempt"] or is_true(self.draft.old, Condition.SUSPENDED):
             return None
+        if done := done_before(self._pods_of(None)):
+            return done
         before = find_condition(self.draft.old, Condition.RUNNING) or {}
         told = BY_REASON.get(before.get("reason", ""))
         if told and self.draft.old.get("state") == State.RESTARTING:

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from finetune_api.failures import BY_EXIT_CODE, BY_REASON, FailureClass
 from finetune_api.names import CONTAINER
-from finetune_api.report import EndReport
+from finetune_api.report import EndReport, Outcome
 from finetune_operator.domain.types import Object
 
 _EXIT_CODE = re.compile(r"exit code (\d+)")
@@ -86,9 +86,25 @@ def ended(child: Object, pods: tuple[Object, ...]) -> Ended | None:
     failed = true_condition(child, "Failed")
     if failed is None:
         return None
+    if done := done_before(pods):
+        return done
     failure, message = _root_cause(child, failed, pod, report)
     over = _finished_at(pod) or parse_time(failed.get("lastTransitionTime"))
     return Ended(failure, message, report, begun, over, admitted)
+
+
+def done_before(pods: tuple[Object, ...]) -> Ended | None:
+    """What the trainer that publishes has said, where it was done before its process, or its Job, was ended: the result is durable."""
+    for pod in pods:
+        report = end_report(pod)
+        if _index(pod) == "0" and report and report.outcome in (Outcome.COMPLETE, Outcome.ALREADY_COMPLETED):
+            return Ended(None, report.message, report, started_at(pod), _finished_at(pod))
+    return None
+
+
+def _index(pod: Object) -> str:
+    index: str = (pod["metadata"].get("annotations") or {}).get("batch.kubernetes.io/job-completion-index", "0")
+    return index
 
 
 def _tells(pod: Object) -> tuple[int, int, float]:
@@ -97,9 +113,8 @@ def _tells(pod: Object) -> tuple[int, int, float]:
     report, state = end_report(pod), terminated(pod) or {}
     told = report is not None and report.reason not in ("", "Interrupted", "UserCodeError")
     cause = told or state.get("reason") == "OOMKilled" or true_condition(pod, "DisruptionTarget") is not None
-    index = (pod["metadata"].get("annotations") or {}).get("batch.kubernetes.io/job-completion-index", "0")
     over = parse_time(state.get("finishedAt"))
-    return 1 if cause else 0, 1 if index == "0" else 0, -over.timestamp() if over else 0.0
+    return 1 if cause else 0, 1 if _index(pod) == "0" else 0, -over.timestamp() if over else 0.0
 
 
 def _finished_at(pod: Object | None) -> datetime | None:

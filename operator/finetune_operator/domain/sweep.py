@@ -1,8 +1,9 @@
 """The reconcile decision for one HyperparameterSweep. Pure: (observed, now) in, status and actions out; both hosts apply them.
 
-Level-triggered like decide.py, with three invariants more:
+Level-triggered like decide.py, with four invariants more:
 
 - A trial's parameters and what was known when they were chosen are written by the create that makes the trial.
+- That the search is over is recorded before anything follows from it.
 - A verdict is given once, and the write that records it is the write that stops the trial.
 - What was decided is never computed again from what is known later: it is read from the objects (trials.py).
 """
@@ -265,6 +266,8 @@ class _Reconcile:
         if not self.draft.old.get("finished"):
             self.draft.new["finished"], self.draft.new["finishedMessage"] = str(over.why), over.message
             self.actions.append(Event("Normal", str(over.why), over.message))
+            # Acted on once it is recorded: if numTrials is raised meanwhile, the write fails, and the search goes on with nothing stopped.
+            return self._wait(State.STOPPING, Reason.STOPPING, over.message, seconds=0.0)
         waiting = self._end_trials(stop=self.spec.on_complete.value == "StopTrials" or over.why in BAD)
         if waiting:
             return waiting

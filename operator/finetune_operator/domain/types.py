@@ -42,6 +42,8 @@ class Progress:
     attempt: int
     job_uid: str
     """Of the resource that the attempt is of: another may have its name by now."""
+    arrival: int = 0
+    """Counts the posts as they begin: an answer about an older one's token may come later."""
 
 
 @dataclass(frozen=True)

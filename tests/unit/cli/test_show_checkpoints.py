@@ -9,8 +9,9 @@ import pytest
 
 from finetune_cli.__main__ import main
 from finetune_trainer.checkpoint import MANIFEST, Checkpoints
+from finetune_trainer.inspect_checkpoints import Inspection
 from finetune_trainer.lineage import Lineage
-from finetune_trainer.store import FolderStore
+from finetune_trainer.store import FolderStore, Missing
 
 DIGEST = "d" * 64
 WEIGHTS = bytes(range(256)) * 8
@@ -152,3 +153,15 @@ def test_mistakes_are_sentences(place: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "empty").mkdir()
     assert main(["checkpoints", f"file://{tmp_path}/empty"]) == 0
     assert "there are no checkpoints" in capsys.readouterr().out
+
+
+def test_one_that_is_deleted_while_it_is_listed_is_no_error(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspection = Inspection(FolderStore(place), tmp_path / "look")
+    found, _ = inspection.look()
+
+    def gone(*_: object) -> None:
+        raise Missing("step-00000030-0002")
+
+    monkeypatch.setattr(inspection.store, "entries", gone)
+    with inspection.fetched(found[0].checkpoint) as folder:
+        assert folder is None

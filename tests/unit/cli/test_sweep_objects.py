@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sweep_kit import QUIET, Place
+from sweep_kit import QUIET, Place, play
 
 from finetune_api.manifest import load_sweep
 from finetune_cli.errors import UserError
@@ -143,3 +143,13 @@ def test_what_may_not_change_is_told(tmp_path: Path) -> None:
     objects.load()
     with pytest.raises(UserError, match="holds the sweep tiny"):
         take_over(objects, other)
+
+
+def test_a_sweep_is_read_before_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends while it is read: with its end go the last words of its trials."""
+    objects = play(tmp_path)
+    order, read_text = list[str](), Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda file, **more: order.append(file.name) or read_text(file, **more))
+    read(objects.folder)
+    assert order[0] == "tiny.json"
+    assert len(order) == 15

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from sweep_kit import QUIET, Place, finetune, play
 from finetune_api import names
 from finetune_cli.sweep_objects import read
 from finetune_cli.sweep_process import Attempt, ProgressServer
-from finetune_cli.sweep_run import SETTINGS, run_sweep
+from finetune_cli.sweep_run import SETTINGS, Host, Places, run_sweep
 from finetune_cli.sweep_show import Board
 from finetune_operator.domain.sweep import decide_sweep
 from finetune_operator.domain.sweep_types import SweepObserved
@@ -340,3 +340,15 @@ def test_a_trainer_dies_with_its_host(tmp_path: Path) -> None:
         wait_for(lambda: (trainer / "cmdline").read_bytes().startswith(b"sleep"), 30)
         host.kill()
     wait_for(lambda: not trainer.exists() or b"Z" in (trainer / "stat").read_bytes().split()[2:3], 10)
+
+
+def test_a_signal_waits_for_no_lock(tmp_path: Path) -> None:
+    """Handlers run in the main thread, between any two instructions of what waits there for news."""
+    objects = play(tmp_path)
+    host = Host(objects, objects.need("tiny"), Places(tmp_path), 0)
+    with host.wake._cond:
+        handler = Thread(target=host._signalled, args=(signal.SIGINT, None), daemon=True)
+        handler.start()
+        handler.join(5)
+        assert not handler.is_alive()
+    assert host.asked == 1

@@ -237,3 +237,30 @@ def test_the_root_cause_survives_the_pod(pod: dict[str, Any] | None, job_message
         assert len(world.created) == 2
     else:
         assert expected in seen
+
+
+DONE = json.dumps({"outcome": "Complete", "step": 9, "result": {"modelUri": "s3://b/k/model", "metrics": []}})
+
+
+@pytest.mark.parametrize("reason", ["OOMKilled", "Error"])
+def test_a_result_that_is_there_counts_however_its_process_ended(reason: str) -> None:
+    # Killed while the interpreter was taken down; a second attempt, or a failed job, for nothing.
+    world = running(failurePolicy={"maxRestarts": 0})
+    world.end("ft-1", 137, DONE, reason)
+    world.reconcile()
+    assert (world.status["state"], world.condition("Complete")["reason"]) == ("Complete", "Trained")
+    assert world.status["result"]["modelUri"] == "s3://b/k/model"
+    assert world.status["restarts"] == 0
+
+
+def test_only_the_trainer_that_publishes_says_so() -> None:
+    world = running(trainer={"numNodes": 2})
+    for index in (0, 1):
+        pod = world.pods[f"ft-1/{index}"] if index else world.pods.setdefault("ft-1/0", world.pods.pop("ft-1"))
+        pod["metadata"]["annotations"] = {"batch.kubernetes.io/job-completion-index": str(index)}
+        world.run(f"ft-1/{index}")
+    world.end("ft-1/1", 0, DONE)
+    world.end("ft-1/0", 1)
+    world.children["ft-1"]["status"] = {"conditions": [world.now_true("Failed")]}
+    world.reconcile()
+    assert world.status["state"] == "Restarting"

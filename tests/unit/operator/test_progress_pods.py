@@ -1,5 +1,6 @@
 """Which pod may post: the chain of owners from the token's pod to the resource, over the port of an API server that is a dict."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,6 +10,7 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
 
 from finetune_api import names
+from finetune_cli.sweep_objects import merge
 from finetune_operator.control.loop import Key
 from finetune_operator.control.progress import ProgressServer
 from finetune_operator.control.queue import WorkQueue
@@ -62,7 +64,7 @@ class Api:
                 yield found
 
     async def patch(self, resource: Resource, namespace: str, name: str, patch: Object, subresource: str = "") -> Object:
-        self.objects[resource, name]["status"] = patch["status"]
+        self.objects[resource, name] = merge(self.objects[resource, name], {"status": patch["status"]})
         return self.objects[resource, name]
 
     async def review(self, group: str, kind: str, spec: Object) -> Object:
@@ -132,3 +134,56 @@ async def test_a_pod_of_a_job_that_was_made_anew_is_refused_although_its_token_i
     posts.api.attempt("j2", "p2")
     assert await posts.post("p2", 1) == 200
     assert posts.reconciler.progress[KEY].job_uid == "u2"
+
+
+def told(posts: Posts) -> int | None:
+    found: int | None = (posts.api.objects[JOBS, "ft"]["status"].get("trainerStatus") or {}).get("progressPercentage")
+    return found
+
+
+async def test_what_was_taken_is_written_before_the_operator_ends(posts: Posts) -> None:
+    for percent in (41, 42):
+        assert await posts.post("p1", percent) == 200
+        await posts.reconciler.reconcile(KEY)
+    assert told(posts) == 41, "progress alone waits for its turn"
+    posts.reconciler.queue.close()
+    await posts.reconciler.flush()
+    assert told(posts) == 42
+    assert await posts.post("p1", 43) == 503, "nobody would write it down"
+
+
+async def test_a_report_that_comes_while_the_one_before_is_written_is_written_too(posts: Posts) -> None:
+    await posts.reconciler.reconcile(KEY)
+    assert await posts.post("p1", 42) == 200
+    patch = posts.api.patch
+
+    async def slow(*arguments: Any, **more: Any) -> Object:
+        assert await posts.post("p1", 43) == 200
+        return await patch(*arguments, **more)
+
+    posts.api.patch = slow  # type: ignore[method-assign]
+    posts.reconciler._written.clear()
+    await posts.reconciler.reconcile(KEY)
+    posts.api.patch = patch  # type: ignore[method-assign]
+    assert told(posts) == 42
+    posts.reconciler.queue.close()
+    await posts.reconciler.flush()
+    assert told(posts) == 43
+
+
+async def test_a_report_whose_token_is_judged_late_does_not_replace_a_newer_one(posts: Posts) -> None:
+    review, asked, late = posts.api.review, asyncio.Event(), asyncio.Event()
+
+    async def slow(*arguments: Any) -> Object:
+        posts.api.review = review  # type: ignore[method-assign]
+        asked.set()
+        await late.wait()
+        return await review(*arguments)
+
+    posts.api.review = slow  # type: ignore[method-assign]
+    first = asyncio.create_task(posts.post("p1", 1))
+    await asked.wait()
+    assert await posts.post("p1", 2) == 200
+    late.set()
+    assert await first == 200
+    assert posts.reconciler.progress[KEY].report.trainer_status.progress_percentage == 2

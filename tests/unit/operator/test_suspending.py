@@ -249,3 +249,15 @@ def test_what_saving_cost_is_the_newest_word_of_the_pod_that_saves() -> None:
     found = world.look().saving
     assert found is not None
     assert (found.saves, found.blocking_seconds) == (3, 1.5)
+
+
+@pytest.mark.parametrize("how", ["stop", "suspend"])
+def test_who_is_asked_to_end_while_it_publishes_has_a_result(how: str) -> None:
+    # The model was there, and the status said nothing of it.
+    world = running()
+    world.job["spec"][how] = True
+    world.reconcile()
+    world.end("ft-1", 0, json.dumps({"outcome": "Complete", "result": {"modelUri": "s3://b/k/model", "metrics": []}}))
+    world.reconcile()
+    assert (world.status["state"], world.condition("Complete")["reason"]) == ("Complete", "Trained")
+    assert world.status["result"]["modelUri"] == "s3://b/k/model"

@@ -19,7 +19,7 @@ from finetune_operator.domain.replay import replay
 from finetune_operator.domain.sweep import decide_sweep
 from finetune_operator.domain.sweep_status import SweepDraft
 from finetune_operator.domain.sweep_types import CreateTrial, PatchTrial, SweepDecision, SweepObserved
-from finetune_operator.domain.types import Event, Settings
+from finetune_operator.domain.types import CreateJob, Event, Settings
 from finetune_operator.search.types import Outcome, Reading, Study, Suggestion, Trial, Verdict
 
 Object = dict[str, Any]
@@ -188,6 +188,8 @@ def test_the_closing_job_has_what_every_job_of_the_cluster_has() -> None:
     )
     job = build_closing(parse_sweep(sweep()), {}, None, None, replace(SETTINGS, defaults=defaults))
     assert job is not None
+    assert job["spec"]["podReplacementPolicy"] == "Failed", "two pods at once write the same files"
+    assert job is not None
     pod = job["spec"]["template"]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert pod["metadata"]["labels"]["team"] == "a"
@@ -232,3 +234,20 @@ def test_the_history_fits_into_a_pod(monkeypatch: pytest.MonkeyPatch, count: int
     read = json.loads(gzip.decompress(base64.b64decode("".join(packed))))
     assert read.get("leftOut", []) == left_out
     assert len(history.objects(read)[1]) == count
+
+
+def test_a_search_that_is_over_is_recorded_before_anything_follows_from_it() -> None:
+    # numTrials was raised between the create of the closing Job and the write of the status: an old history, and an old winner promoted.
+    of = sweep(numTrials=3, searchAlgorithm={"random": {}})
+    begun = look(of)
+    jobs = [ended(job) for job in made(begun)]
+    begun = look({**of, "status": begun.status}, jobs)
+    jobs += [ended(job) for job in made(begun)]
+    last = look({**of, "status": begun.status}, jobs)
+    assert last.status["finished"] == "TrialsDone"
+    assert all(isinstance(action, Event) for action in last.actions)
+    assert last.requeue_after == 0
+    raised = {**of, "spec": {**of["spec"], "numTrials": 4}, "status": begun.status}
+    assert len(made(look(raised, jobs))) == 1
+    after = look({**of, "status": last.status}, jobs)
+    assert [action.manifest["metadata"]["name"] for action in after.actions if isinstance(action, CreateJob)] == ["mood-closing"]

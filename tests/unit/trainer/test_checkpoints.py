@@ -443,3 +443,21 @@ def test_no_checkpoint_holds_a_pickle(job: Job) -> None:
     files = [p for p in job.checkpoints.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".json", ".safetensors"}
     assert job.steps() == [12, 18] or len(job.steps()) == 3, "keepLast 2, and the best one"
+
+
+def test_who_begins_from_what_is_gone_leaves_the_newer_steps_alone(place: Place) -> None:
+    """The older execution, only thought dead, goes on while the newer one tokenises: step 10 makes room for 20 and 30."""
+    old, new = place.execution(keep=2), place.execution(None, keep=2)
+    place.save(old, 10)
+    found = new.restore()
+    assert found is not None
+    place.save(old, 20, 30)
+    with pytest.raises(TrainingFailure, match="was deleted meanwhile") as failed:
+        new.begin(10, (found[0].name, None))
+    assert (failed.value.failure.reason, failed.value.failure.retriable) == ("Superseded", True)
+    again = place.execution(None, keep=2)
+    found = again.restore()
+    assert found is not None
+    assert found[0].step == 30
+    again.begin(30, (found[0].name, found[0].manifest["best"]))
+    assert again.execution == 2

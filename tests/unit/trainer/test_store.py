@@ -275,7 +275,7 @@ def test_strangers_among_the_executions_are_passed_over(wire: Wire, tmp_path: Pa
     assert made.restore() is None
     made.begin(0)
     assert made.execution == 7
-    made._check_not_replaced()
+    made.check_not_replaced()
 
 
 CONFLICT = (409, "ConditionalRequestConflict")
