@@ -11,6 +11,7 @@ from finetune_cli import inputs, show
 from finetune_cli.errors import UserError
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.inspect_checkpoints import Found, Inspection, Standing
+from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import open_store
 
 CORRUPT = BY_REASON["CheckpointCorrupt"].exit_code or 1
@@ -36,12 +37,12 @@ def checkpoints(
         raise UserError("--export STEP|best|latest and --to FOLDER belong together")
     if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {to}: it is there already and is not an empty folder")
-    place, digest = _place(uri, file, overrides)
+    place, lineage = _place(uri, file, overrides)
     with tempfile.TemporaryDirectory(prefix="finetune-checkpoints-") as scratch:
         try:
             store = open_store(place, inputs.s3_root(s3_root))
             store.check()
-            inspection = Inspection(store, Path(scratch) / "fetched", digest)
+            inspection = Inspection(store, Path(scratch) / "fetched", lineage)
             found, unreadable = inspection.look()
             if export is not None and to is not None:
                 return _export(inspection, _choose(found, export, place), to)
@@ -55,14 +56,14 @@ def checkpoints(
     return CORRUPT if corrupt or (verify and unreadable) else 0
 
 
-def _place(uri: str | None, file: Path | None, overrides: list[str]) -> tuple[str, str | None]:
-    """Where they are, and the digest of the recipe where a manifest says it."""
+def _place(uri: str | None, file: Path | None, overrides: list[str]) -> tuple[str, Lineage | None]:
+    """Where they are, and of which recipe where a manifest says it."""
     if file is not None:
         job = inputs.job(file, overrides)
         if not job.spec.has_recipe:
             raise UserError(f"{file}: trainer.command runs a script of yours, whose checkpoints only it knows")
         recipe = job.spec.recipe()
-        return recipe.checkpoint_uri, recipe.digest()
+        return recipe.checkpoint_uri, Lineage(recipe.digest(), recipe)
     if overrides:
         raise UserError("--set changes a manifest: name one with -f")
     if not str(uri).startswith(("s3://", "file:///")):

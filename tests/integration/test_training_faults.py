@@ -41,7 +41,7 @@ def test_a_training_behind_such_a_storage_is_the_same_training(faulty: Faulty, b
         assert done.returncode == 0, done.stderr
         faulty.share = 0.0
         weights.append(open_store(f"s3://{bucket}/out-{share}").get("model/model.safetensors"))
-    assert len(faulty.faults) > 5
+    assert {"500", "503", "403", "reset", "slow"} <= {*faulty.faults}, "of a fifth of some hundred calls none drew one of these"
     assert weights[0] == weights[1]
 
 

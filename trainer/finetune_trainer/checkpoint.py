@@ -28,7 +28,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from finetune_api.finetunejob import CheckpointStatus
 from finetune_api.report import MAX_REFUSED, Refused, Saving
@@ -37,13 +39,46 @@ from finetune_trainer.lineage import Lineage
 from finetune_trainer.store import Missing, Store, is_plain, sweep
 
 MANIFEST = "MANIFEST.json"
-_STEP = re.compile(r"(step-[0-9]+-([0-9]+))/.+")
+_NAME = "step-[0-9]{8,18}-([0-9]{4,18})"
+_STEP = re.compile(f"({_NAME})/.+")
 _EXECUTION = re.compile(r"executions/([0-9]+)\.json")
 MICRO_BATCH = "micro-batch.json"
 WORTH_A_COPY = 1 << 20
 """Bytes from which on a copy at the storage, two requests, is better than sending it again."""
 FILES_AT_ONCE = 4
 """Files on their way at the same time: one is hashed while another is sent, and small ones do not wait for the answer to each other."""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    path: str
+    size: Annotated[int, Field(ge=0, lt=1 << 60)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    """What every manifest has. Whoever can write to the bucket may have written anything."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: Annotated[int, Field(ge=0, lt=1 << 60)]
+    execution: Annotated[int, Field(ge=0, lt=1 << 60)]
+    recipe: Annotated[str, Field(min_length=1)]
+    time: AwareDatetime
+    best: Annotated[str, Field(pattern=f"^{_NAME}$")] | None
+    files: list[_File]
+    sha256: str
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With the sha256 of all that it says."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**said, "sha256": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
+
+
+def _folder(step: int, execution: int) -> str:
+    return f"step-{step:08d}-{execution:04d}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +123,8 @@ class Checkpoints:
         self._counting = threading.Lock()
         self.refused: list[Refused] = []
         """Committed checkpoints that could not be used, newest first."""
+        self._unreadable: list[str] = []
+        """Those with a manifest that cannot be used, as last listed."""
         self._stored: dict[str, tuple[str, str]] = {}
         """Of the newest checkpoint: file -> sha256, key."""
         self._rubbish: dict[str, None] = {}
@@ -123,16 +160,24 @@ class Checkpoints:
         parents = {n: parent for n, key in _executions(keys).items() if (parent := self._parent(key)) is not None}
         counting: list[Checkpoint] = []
         overtaken: list[Checkpoint] = []
-        for key in keys:
-            if key.endswith(f"/{MANIFEST}") and key.startswith("step-") and (manifest := self._manifest(key)):
+        self._unreadable = []
+        for key in sorted(keys, reverse=True):
+            # Names of the layout alone: "step-x/../../MANIFEST.json" is one that a bucket may hold, and leads out of the scratch folder.
+            if not (named := _STEP.fullmatch(key)) or key != f"{named[1]}/{MANIFEST}":
+                continue
+            if manifest := self._manifest(key):
                 newer = [parent for n, parent in parents.items() if n > manifest["execution"]]
                 counts = all(manifest["step"] <= parent for parent in newer)
-                (counting if counts else overtaken).append(Checkpoint(key.removesuffix(f"/{MANIFEST}"), manifest))
+                (counting if counts else overtaken).append(Checkpoint(named[1], manifest))
+            else:
+                self._unreadable.append(named[1])
         return counting, overtaken
 
     def restore(self) -> tuple[Checkpoint, Path] | None:
         """The newest checkpoint that verifies, downloaded. None where there is none; CheckpointCorrupt where none verifies."""
         candidates = self.committed()
+        for name in self._unreadable:
+            self._remember_refused(name, f"{MANIFEST} cannot be read or was changed")
         by_name = {c.name: c for c in candidates}
         for checkpoint in candidates:
             if (folder := self.fetch(checkpoint)) is None:
@@ -143,10 +188,12 @@ class Checkpoints:
                 self._remember(checkpoint)
                 return checkpoint, folder
             self._refuse(checkpoint, f"{best}, its best model, cannot be read")
-        if candidates:
+        # A single one may be a first save that was cut off, where the file system cannot write whole or not at all.
+        if candidates or len(self._unreadable) > 1:
             raise TrainingFailure(
                 "CheckpointCorrupt",
-                f"{self.store.uri} holds {len(candidates)} checkpoints and none of them can be read: delete them to train anew",
+                f"{self.store.uri} holds {len(candidates) + len(self._unreadable)} checkpoints and none of them can be read: delete them "
+                "to train anew",
             )
         return None
 
@@ -180,8 +227,11 @@ class Checkpoints:
 
     def _refuse(self, checkpoint: Checkpoint, why: str) -> None:
         self.log(f"checkpoint {checkpoint.name} is not used: {why}")
+        self._remember_refused(checkpoint.name, why)
+
+    def _remember_refused(self, name: str, why: str) -> None:
         if len(self.refused) < MAX_REFUSED:
-            self.refused.append(Refused(checkpoint=checkpoint.name, message=why))
+            self.refused.append(Refused(checkpoint=name, message=why))
 
     def micro_batch(self) -> int | None:
         """How many rows at once this recipe's executions are to try, where one was out of memory."""
@@ -191,7 +241,7 @@ class Checkpoints:
                 return int(told["rows"])
         except Missing:
             pass
-        except (ValueError, KeyError, TypeError):
+        except _NOT_OURS:
             self.log(f"{MICRO_BATCH} is not used: it is not one of ours")
         return None
 
@@ -203,18 +253,18 @@ class Checkpoints:
         """The step that an execution began from; None for one that died while it wrote that down, and so never began."""
         try:
             return int(self._json(key)["parent"])
-        except (ValueError, KeyError, TypeError):
+        except _NOT_OURS:
             self.log(f"{self.store.uri}/{key} is not used: it is not one of ours")
             return None
 
     def _manifest(self, key: str) -> dict[str, Any] | None:
         try:
-            manifest = self._json(key)
-            safe = all(is_plain(f["path"]) and int(f["size"]) >= 0 and len(f["sha256"]) == 64 for f in manifest["files"])
-            typed = isinstance(manifest["step"], int) and isinstance(manifest["execution"], int)
-            if safe and typed and manifest["recipe"] and datetime.fromisoformat(manifest["time"]).tzinfo:
-                return manifest
-        except (ValueError, KeyError, TypeError):
+            data = self.store.get(key)
+            told, manifest = _Manifest.model_validate_json(data), json.loads(data)
+            named = key == f"{_folder(told.step, told.execution)}/{MANIFEST}"
+            if named and manifest == sealed(manifest) and all(is_plain(file.path) for file in told.files):
+                return dict(manifest)
+        except (ValidationError, KeyError, RecursionError, ValueError):  # Missing is a KeyError
             pass
         self.log(f"checkpoint manifest {key} is not used: it is not one of ours")
         return None
@@ -246,7 +296,7 @@ class Checkpoints:
     def origin(self) -> str:
         """The id of the oldest execution at this place: a training that begins anew after its output was deleted has another."""
         for _, key in sorted(_executions(self.store.list("executions/")).items()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # half written, or not one of ours
+            with contextlib.suppress(*_NOT_OURS):  # half written, or not one of ours
                 return str(self._json(key)["id"])
         return ""
 
@@ -256,7 +306,7 @@ class Checkpoints:
 
     def name(self, step: int) -> str:
         """Folder of this execution's checkpoint at this step."""
-        return f"step-{step:08d}-{self.execution:04d}"
+        return _folder(step, self.execution)
 
     @property
     def busy(self) -> bool:
@@ -336,7 +386,7 @@ class Checkpoints:
                 "time": taken,
                 "files": self._upload(name, folder),
             }
-            if not self.store.put_if_absent(f"{name}/{MANIFEST}", json.dumps(manifest).encode()):
+            if not self.store.put_if_absent(f"{name}/{MANIFEST}", json.dumps(sealed(manifest)).encode()):
                 raise TrainingFailure("Superseded", f"{self.store.uri}/{name} was committed by somebody else")
             self._remember(Checkpoint(name, manifest))
             shutil.rmtree(folder)
@@ -444,6 +494,10 @@ class Checkpoints:
             if not (denied and self._told_denied):
                 self.log(f"old checkpoints are not deleted now, the next save tries again: {failure.message}")
             self._told_denied = self._told_denied or denied
+
+
+_NOT_OURS = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+"""What comes of reading JSON that may hold anything."""
 
 
 def _executions(keys: Iterable[str]) -> dict[int, str]:

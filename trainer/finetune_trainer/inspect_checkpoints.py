@@ -42,14 +42,14 @@ class Found:
 
 
 class Inspection:
-    """One look at a place. With `digest`, checkpoints of other recipes do not count."""
+    """One look at a place. With `lineage`, checkpoints that its recipe cannot go on from do not count."""
 
-    def __init__(self, store: Store, scratch: Path, digest: str | None = None) -> None:
+    def __init__(self, store: Store, scratch: Path, lineage: Lineage | None = None) -> None:
         self.store = store
-        self.digest = digest
+        self.lineage = lineage
         self.scratch = scratch
         self._said: list[str] = []
-        self._place = Checkpoints(store, scratch, Lineage(digest or ""), keep_last=1, overwrite=False, log=self._said.append)
+        self._place = Checkpoints(store, scratch, lineage or Lineage(""), keep_last=1, overwrite=False, log=self._said.append)
 
     def look(self) -> tuple[list[Found], list[str]]:
         """All committed checkpoints, newest first; and a sentence for each manifest or entry that cannot be read."""
@@ -65,7 +65,7 @@ class Inspection:
             return checkpoint.step, checkpoint.manifest["execution"]
 
         def standing(checkpoint: Checkpoint) -> Standing:
-            if self.digest not in (None, checkpoint.manifest["recipe"]):
+            if self.lineage is not None and self.lineage.differences(checkpoint.manifest):
                 return Standing.OTHER_RECIPE
             return Standing.COUNTS if checkpoint in counting else Standing.OVERTAKEN
 

@@ -53,10 +53,10 @@ class Lineage:
         assert self.recipe is not None
         try:
             there = Recipe.model_validate({**manifest["fields"], "output": {"storageUri": "file:///any"}}).hyperparameters
-        except ValueError:  # a manifest may hold anything
+            per_epoch = int(manifest.get("stepsPerEpoch") or 0)
+        except (ValueError, TypeError, OverflowError):  # a manifest may hold anything
             return "its fields are not those of a recipe"
-        here = self.recipe.hyperparameters
-        step, per_epoch = int(manifest["step"]), int(manifest.get("stepsPerEpoch") or 0)
+        here, step = self.recipe.hyperparameters, int(manifest["step"])
         totals = [min(per_epoch * h.epochs, h.max_steps or per_epoch * h.epochs) for h in (there, here)]
         if step > totals[1]:
             return f"{_told(changed)}: its step {step} is beyond the end"

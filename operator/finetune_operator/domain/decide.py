@@ -20,7 +20,7 @@ from finetune_api.names import Condition, Reason, State
 from finetune_api.recipe import OnSuspend
 from finetune_api.report import EndReport, Outcome, ProgressReport
 from finetune_operator.domain.child import build_child, build_service, child_name, gpus_per_pod, is_trainers, owned_by
-from finetune_operator.domain.outcome import Ended, done_before, end_report, ended, parse_time
+from finetune_operator.domain.outcome import Ended, done_before, end_report, ended, parse_time, saved_before
 from finetune_operator.domain.status import StatusDraft, find_condition, is_finished, is_true, recorded_uid, stamp
 from finetune_operator.domain.types import (
     Action,
@@ -353,7 +353,7 @@ class _Reconcile:
             state, reason = (State.STOPPING, Reason.STOPPING) if stop else (State.SUSPENDING, Reason.SUSPENDING)
             return self._wait_for_pods(state, reason, "Waiting until the pods are gone.")
         if not is_true(self.draft.old, Condition.SUSPENDED) and self.draft.new["attempt"]:
-            self._leave(None)
+            self._leave(saved_before(self._pods_of(None)))
         self.draft.new["jobsStatus"] = []
         if stop:
             saved = self.draft.new.get("checkpoint")

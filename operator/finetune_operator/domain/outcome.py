@@ -95,10 +95,19 @@ def ended(child: Object, pods: tuple[Object, ...]) -> Ended | None:
 
 def done_before(pods: tuple[Object, ...]) -> Ended | None:
     """What the trainer that publishes has said, where it was done before its process, or its Job, was ended: the result is durable."""
+    return _leader_said(pods, None, Outcome.COMPLETE, Outcome.ALREADY_COMPLETED)
+
+
+def saved_before(pods: tuple[Object, ...]) -> Ended | None:
+    """The same where it was asked to end, and ended once the step that it was at was saved."""
+    return _leader_said(pods, BY_REASON["Interrupted"], Outcome.INTERRUPTED)
+
+
+def _leader_said(pods: tuple[Object, ...], failure: FailureClass | None, *outcomes: Outcome) -> Ended | None:
     for pod in pods:
         report = end_report(pod)
-        if _index(pod) == "0" and report and report.outcome in (Outcome.COMPLETE, Outcome.ALREADY_COMPLETED):
-            return Ended(None, report.message, report, started_at(pod), _finished_at(pod))
+        if _index(pod) == "0" and report and report.outcome in outcomes:
+            return Ended(failure, report.message, report, started_at(pod), _finished_at(pod))
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune_api.finetunejob import CheckpointStatus
 from finetune_api.names import Condition, Reason, State
-from finetune_api.report import EndReport, ProgressReport, Refused, Saving
+from finetune_api.report import EndReport, Outcome, ProgressReport, Refused, Saving
 from finetune_operator.domain.outcome import Ended, parse_time
 from finetune_operator.domain.types import Object, Progress
 
@@ -188,7 +188,8 @@ class StatusDraft(Conditions):
         seconds = max(0, round((over - begun).total_seconds()))
         self.count("activeSeconds", seconds)
         self.count("gpuSeconds", seconds * gpus)
-        if ended is None or ended.failure is not None:
+        saved_all = ended is not None and ended.report is not None and ended.report.outcome is Outcome.INTERRUPTED
+        if (ended is None or ended.failure is not None) and not saved_all:
             saved = parse_time((self.new.get("checkpoint") or {}).get("time"))
             safe = max(begun, saved) if saved else begun
             self.count("lostWorkSeconds", max(0, round((over - safe).total_seconds())))

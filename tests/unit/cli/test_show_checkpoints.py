@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.manifest import load_job
 from finetune_cli.__main__ import main
 from finetune_trainer.checkpoint import MANIFEST, Checkpoints
 from finetune_trainer.inspect_checkpoints import Inspection
@@ -134,6 +135,35 @@ spec:
     assert {r["standing"] for r in json.loads(capsys.readouterr().out)} == {"other recipe"}
     assert main(["checkpoints", "-f", str(manifest), "--export", "latest", "--to", str(tmp_path / "to")]) == 2
     assert "steps that count: none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("schedule", "standing"), [("Constant", "counts"), ("Linear", "other recipe")])
+def test_a_longer_recipe_that_would_go_on_from_it_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str, standing: str
+) -> None:
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text(
+        f"""
+apiVersion: finetune.dev/v1alpha1
+kind: FineTuneJob
+metadata: {{name: a}}
+spec:
+  task: SequenceClassification
+  model: {{uri: "hf://a/b"}}
+  dataset: {{uri: "s3://data/x", labels: [a, b]}}
+  hyperparameters: {{epochs: 3, schedule: {{type: {schedule}}}}}
+  checkpoint: {{storageUri: "file://{tmp_path}/at"}}
+  output: {{storageUri: "file://{tmp_path}/out"}}
+"""
+    )
+    recipe = load_job(manifest.read_text()).spec.recipe()
+    lineage = Lineage.of(recipe, 100)
+    made = Checkpoints(FolderStore(tmp_path / "at"), tmp_path / "s", lineage, keep_last=2, overwrite=False, log=lambda _: None)
+    made.begin(0)
+    save(made, 2)
+    for epochs, expected in ((3, "counts"), (5, standing)):
+        assert main(["checkpoints", "-f", str(manifest), "--set", f"spec.hyperparameters.epochs={epochs}", "-o", "json"]) == 0
+        assert {r["standing"] for r in json.loads(capsys.readouterr().out)} == {expected}
 
 
 def test_mistakes_are_sentences(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

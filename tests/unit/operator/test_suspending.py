@@ -261,3 +261,20 @@ def test_who_is_asked_to_end_while_it_publishes_has_a_result(how: str) -> None:
     world.reconcile()
     assert (world.status["state"], world.condition("Complete")["reason"]) == ("Complete", "Trained")
     assert world.status["result"]["modelUri"] == "s3://b/k/model"
+
+
+@pytest.mark.parametrize("how", ["drained", "suspended", "stopped"])
+def test_the_time_that_the_last_save_takes_is_no_lost_work(how: str) -> None:
+    """The state is that of the last step; what follows is its way to the storage."""
+    world = running()
+    world.wait(100)
+    if how != "drained":
+        world.job["spec"]["suspend" if how == "suspended" else "stop"] = True
+        world.reconcile()
+    saved(world, 9)
+    world.wait(40)
+    world.end(
+        "ft-1", 20, json.dumps({"outcome": "Interrupted", "reason": "Interrupted", "message": "asked to end; step 9 is saved"})
+    )
+    world.reconcile()
+    assert (world.status["lostWorkSeconds"], world.status["activeSeconds"]) == (0, 140)
