@@ -8,6 +8,7 @@ import pytest
 
 from e2e.test_1_smoke import job
 from e2e.world import DATA, RELEASE, SYSTEM, World
+from finetune_api import names
 from integration.jobs import Jobs, Object, wait
 from testcluster import images, node
 
@@ -33,6 +34,27 @@ print(json.dumps({
     "megabytes": int(size[0].removesuffix("MB")),
 }))
 """
+SEARCH = r"""
+import datetime, json, sys
+from finetune_operator.domain import trials
+from finetune_operator.domain.sweep import decide_sweep
+from finetune_operator.domain.sweep_types import CreateTrial, SweepObserved
+from finetune_operator.domain.types import Settings
+settings, found = Settings("t", "https://127.0.0.1:1", ""), {}
+for algorithm in ("auto", "grid", "random", "sobol", "tpe", "gp"):
+    of, jobs = json.loads(sys.argv[1]), {}
+    of["spec"]["searchAlgorithm"] = {algorithm: {"startupTrials": 2} if algorithm in ("tpe", "gp") else {}}
+    for _ in range(12):
+        decision = decide_sweep(SweepObserved(of, jobs), datetime.datetime.now(datetime.UTC), settings)
+        for job in (action.manifest for action in decision.actions if isinstance(action, CreateTrial)):
+            said = trials.chosen(job)
+            metric = {"name": "validation/macro_f1", "value": str(said.parameters["epochs"] / 10)}
+            ended = {"conditions": [{"type": "Complete", "status": "True", "reason": "Trained"}], "result": {"metrics": [metric]}}
+            jobs[said.index] = {**job, "metadata": {**job["metadata"], "uid": str(said.index)}, "status": ended}
+    found[algorithm] = [len(jobs), trials.chosen(jobs[11]).algorithm]
+print(json.dumps(found))
+"""
+"""Twelve trials by each algorithm: what each imports is in no image by chance."""
 
 
 def restricted() -> Object:
@@ -51,24 +73,49 @@ def run(jobs: Jobs, pod: Object) -> tuple[str, str]:
     return phase, jobs.cluster.kubectl("-n", jobs.namespace, "logs", name).stdout
 
 
-def probe(jobs: Jobs, part: str, image: str) -> Object:
-    """What the probe found, in a pod with nothing but the image."""
-    container = {"name": "probe", "image": image, "command": ["python", "-c", PROBE, f"finetune_{part}"]}
+def inside(jobs: Jobs, image: str, name: str, script: str, argument: str) -> Object:
+    """What a script prints as JSON, in a pod with nothing but the image."""
+    container = {"name": "probe", "image": image, "command": ["python", "-c", script, argument]}
     spec = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "securityContext": somebody(),
         "containers": [{**container, "securityContext": restricted()}],
     }
-    phase, said = run(jobs, {"metadata": {"name": f"probe-{part}"}, "spec": spec})
+    phase, said = run(jobs, {"metadata": {"name": name}, "spec": spec})
     assert phase == "Succeeded", said
     found: Object = json.loads(said)
     return found
 
 
+def test_the_operators_image_can_search(installed: World, jobs: Jobs) -> None:
+    # Every sweep of the real image stood still once, for want of a package that every machine of ours has.
+    recipe = {
+        "task": "SequenceClassification",
+        "model": {"uri": "s3://models/base"},
+        "dataset": {"uri": "s3://data/feedback", "labels": ["bad", "good"]},
+        "output": {"storageUri": "s3://models/out"},
+    }
+    space = {"name": "epochs", "path": "hyperparameters.epochs", "searchSpace": {"intUniform": {"min": 1, "max": 12}}}
+    spec = {
+        "objective": {"metric": "validation/macro_f1", "direction": "Maximize"},
+        "parameters": [space],
+        "numTrials": 12,
+        "parallelTrials": 1,
+        "trialTemplate": {"spec": recipe},
+    }
+    sweep = {
+        "apiVersion": names.API_VERSION, "kind": names.KIND_SWEEP, "metadata": {"name": "s", "namespace": "n", "uid": "u"}, "spec": spec
+    }  # fmt: skip
+    found = inside(jobs, installed.operator_image, "search", SEARCH, json.dumps(sweep))
+    expected = {"auto": "gp", "grid": "grid", "random": "random", "sobol": "sobol", "tpe": "tpe", "gp": "gp"}
+    assert found == {algorithm: [12, used] for algorithm, used in expected.items()}
+
+
 @pytest.mark.parametrize("part", images.PARTS)
 def test_an_image_starts_as_anybody_and_brings_no_compiler(installed: World, jobs: Jobs, part: str) -> None:
-    found = probe(jobs, part, {"operator": installed.operator_image, "trainer": installed.trainer_image}[part])
+    image = {"operator": installed.operator_image, "trainer": installed.trainer_image}[part]
+    found = inside(jobs, image, f"probe-{part}", PROBE, f"finetune_{part}")
     print(f"{part}: {found['megabytes']} MB unpacked")
     assert found.pop("megabytes") < MEGABYTES[part]
     assert found == {"ids": [UID, 0], "help": [0, "", True], "compilers": [], "writable": []}

@@ -5,9 +5,11 @@ from importlib.metadata import version
 
 DECISIONS = 2
 """Grows whenever the same records would lead to another decision. A replay by another engine says so, and not that decisions were wrong."""
+LIBRARIES = ("optuna", "scipy", "numpy")
+"""What it draws and computes with."""
 
 
 @cache
 def engine() -> str:
-    """What decides: this engine, and the versions of what it draws and computes with."""
-    return ", ".join((str(DECISIONS), *(f"{name} {version(name)}" for name in ("optuna", "scipy", "scikit-learn", "numpy"))))
+    """What decides: this engine, and the versions of its libraries."""
+    return ", ".join((str(DECISIONS), *(f"{name} {version(name)}" for name in LIBRARIES)))

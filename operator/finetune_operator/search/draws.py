@@ -1,6 +1,6 @@
 """Draws that need no model: each depends on nothing but the sweep's seed and the number of the trial."""
 
-# Optuna, SciPy and scikit-learn cost a second to import: only what is used loads, when it is used.
+# Optuna and SciPy cost a second to import: only what is used loads, when it is used.
 
 import hashlib
 import random
