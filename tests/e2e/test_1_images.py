@@ -51,10 +51,10 @@ for algorithm in ("auto", "grid", "random", "sobol", "tpe", "gp"):
             metric = {"name": "validation/macro_f1", "value": str(said.parameters["epochs"] / 10)}
             ended = {"conditions": [{"type": "Complete", "status": "True", "reason": "Trained"}], "result": {"metrics": [metric]}}
             jobs[said.index] = {**job, "metadata": {**job["metadata"], "uid": str(said.index)}, "status": ended}
-    found[algorithm] = [len(jobs), trials.chosen(jobs[11]).algorithm]
+    found[algorithm] = [len(jobs), trials.chosen(jobs[max(jobs)]).algorithm]
 print(json.dumps(found))
 """
-"""Twelve trials by each algorithm: what each imports is in no image by chance."""
+"""At most twelve trials by each algorithm: what each imports is in no image by chance."""
 
 
 def restricted() -> Object:
@@ -108,8 +108,8 @@ def test_the_operators_image_can_search(installed: World, jobs: Jobs) -> None:
         "apiVersion": names.API_VERSION, "kind": names.KIND_SWEEP, "metadata": {"name": "s", "namespace": "n", "uid": "u"}, "spec": spec
     }  # fmt: skip
     found = inside(jobs, installed.operator_image, "search", SEARCH, json.dumps(sweep))
-    expected = {"auto": "gp", "grid": "grid", "random": "random", "sobol": "sobol", "tpe": "tpe", "gp": "gp"}
-    assert found == {algorithm: [12, used] for algorithm, used in expected.items()}
+    drawn = {algorithm: [12, algorithm] for algorithm in ("random", "sobol", "tpe", "gp")}
+    assert found == {"auto": [12, "gp"], "grid": [5, "grid"], **drawn}
 
 
 @pytest.mark.parametrize("part", images.PARTS)
