@@ -48,7 +48,7 @@ for algorithm in ("auto", "grid", "random", "sobol", "tpe", "gp"):
         decision = decide_sweep(SweepObserved(of, jobs), datetime.datetime.now(datetime.UTC), settings)
         for job in (action.manifest for action in decision.actions if isinstance(action, CreateTrial)):
             said = trials.chosen(job)
-            metric = {"name": "validation/macro_f1", "value": str(said.parameters["epochs"] / 10)}
+            metric = {"name": "validation/macro_f1", "value": str(100 * said.parameters["rate"])}
             ended = {"conditions": [{"type": "Complete", "status": "True", "reason": "Trained"}], "result": {"metrics": [metric]}}
             jobs[said.index] = {**job, "metadata": {**job["metadata"], "uid": str(said.index)}, "status": ended}
     found[algorithm] = [len(jobs), trials.chosen(jobs[max(jobs)]).algorithm]
@@ -96,7 +96,8 @@ def test_the_operators_image_can_search(installed: World, jobs: Jobs) -> None:
         "dataset": {"uri": "s3://data/feedback", "labels": ["bad", "good"]},
         "output": {"storageUri": "s3://models/out"},
     }
-    space = {"name": "epochs", "path": "hyperparameters.epochs", "searchSpace": {"intUniform": {"min": 1, "max": 12}}}
+    rates = {"logUniform": {"min": 1e-6, "max": 1e-2}}
+    space = {"name": "rate", "path": "hyperparameters.learningRate", "searchSpace": rates}
     spec = {
         "objective": {"metric": "validation/macro_f1", "direction": "Maximize"},
         "parameters": [space],
