@@ -332,7 +332,7 @@ def main() -> int:
         result["real"] = sweep_real.run()
     result["bars"] = bars(result)
     print(common.write_json("sweep", result))
-    return 0
+    return 0 if said.quick or all(bar["holds"] for bar in result["bars"]) else 1
 
 
 if __name__ == "__main__":

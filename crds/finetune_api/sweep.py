@@ -95,7 +95,7 @@ class Constraint(Model):
 
 # ------------------------------------------------------------------------------------------------------ algorithms ----
 class Auto(Model):
-    """GP for a small space of numbers and few trials, else TPE."""
+    """GP for up to ten parameters, as long as trials are few enough for it; else TPE."""
 
 
 class Grid(Model):
@@ -252,7 +252,7 @@ class SweepReference(Model):
 
 
 class Promote(Model):
-    """The best trials are repeated with other seeds, and the best mean wins: one seed differs from another by 0.006 to 0.03."""
+    """The best trials are repeated with other seeds, and the best mean wins: another seed alone moves a score."""
 
     storage_uri: StorageUri
     """Receives the winner: model/ and result.json with its metrics, those of the test split too."""

@@ -127,13 +127,13 @@ class HyperparameterSweepStatus(Model):
     best: TrialSummary | None = None
     """The best trial that keeps all constraints."""
     top: Annotated[list[TrialSummary], Field(max_length=TOP)] = []
-    """The ten best."""
+    """The ten best; where a space is wide, some without their parameters."""
     rungs: Annotated[list[RungStatus], Field(max_length=32), EachOnce("examples")] = []
     """How trials fared at each rung."""
     importance: Annotated[list[Importance], Field(max_length=64), EachOnce("name")] = []
-    """What decides, once ten trials have ended."""
+    """What decides, once ten trials have run to their end."""
     progress: Short | None = None
-    """Trials that ended, of all."""
+    """Trials that ended, of all that there will be."""
     estimated_remaining_seconds: Count | None = None
     """Time left at the present pace."""
     active_seconds: Count | None = None

@@ -107,6 +107,7 @@ async def test_killed_before_and_after_any_call_it_decides_the_same(cluster: Aio
             name = f"k{at}-{'after' if after else 'before'}"
             runs = Runs(cluster, place, Hand(cluster, place, score))
             decided, _ = await _decided(runs, name, at, after=after)
+            assert runs.calls > 0, "it was never killed"
             assert _renamed(decided, name) == _renamed(expected, "plain"), f"killed {'after' if after else 'before'} call {at}"
 
 

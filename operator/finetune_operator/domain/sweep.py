@@ -153,14 +153,16 @@ class _Reconcile:
             # Our own trainer tells loss and rate long before it evaluates for the first time: that says nothing yet.
             if status.get("evaluations") or status.get("result") or not self.spec.trial_template.spec.has_recipe:
                 told |= t.reported_metrics(job)
-        metric = self.spec.objective.metric
-        # Of a script of the user's the metrics come with its progress: only its end shows that one does not come.
-        ended = self.spec.trial_template.spec.has_recipe or any(
-            is_true(job.get("status") or {}, Condition.COMPLETE) for job in self.observed.trials.values()
-        )
-        if not told or metric in told or not ended:
-            return None
-        return f"objective.metric: no trial has reported {metric}; there are {', '.join(sorted(told))}. Create a sweep with one of these."
+        asked = [("objective.metric", self.spec.objective.metric)]
+        if not self.spec.trial_template.spec.has_recipe:  # what our own trainer tells is known, and checked, beforehand
+            # Of a script of the user's the metrics come with its progress: only its end shows that one does not come.
+            if not any(is_true(job.get("status") or {}, Condition.COMPLETE) for job in self.observed.trials.values()):
+                return None
+            asked += [(f"constraints[{number}].metric", c.metric) for number, c in enumerate(self.spec.constraints)]
+        for field, metric in asked if told else ():
+            if metric not in told:
+                return f"{field}: no trial has reported {metric}; there are {', '.join(sorted(told))}. Create a sweep with one of these."
+        return None
 
     # ------------------------------------------------------------------------------------------------------- judge ------
     def _judge(self) -> None:

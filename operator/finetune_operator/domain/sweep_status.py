@@ -1,5 +1,6 @@
 """Computes the status of a sweep whole. Pure, and bounded: nothing in it grows with the number of trials."""
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -69,12 +70,16 @@ class SweepDraft(Conditions):
         new["activeSeconds"], new["gpuSeconds"] = costs.active_seconds, costs.gpu_seconds
         new["gpuSecondsSaved"] = sum(_saved(trial, jobs[trial.index]) for trial in trials if trial.index in jobs)
         ended = len(trials) - counts["pending"] - counts["running"]
-        new["progress"] = f"{ended}/{sweep.spec.num_trials}"
-        new["plan"] = self._plan(sweep, len(trials), ended, costs)
-        self._remaining(sweep, ended, [jobs[trial.index] for trial in trials if trial.index in jobs])
+        there = [jobs[trial.index] for trial in trials if trial.index in jobs]
+        new["plan"] = self._plan(sweep, [job["status"] for job in there if is_finished(job.get("status") or {})])
+        new["progress"] = f"{ended}/{new['plan']['trials']}"
+        self._remaining(sweep, ended, there)
         ranked = best(study, trials)
-        new["top"] = [_summary(sweep, trial, jobs.get(trial.index)) for trial in ranked[:TOP]]
-        if ranked:
+        new["top"] = _bounded([_summary(sweep, trial, jobs.get(trial.index)) for trial in ranked[:TOP]])
+        if not ranked:  # none yet, or the only one was deleted
+            for field in ("best", "metrics"):
+                new.pop(field, None)
+        else:
             new["best"] = new["top"][0]
             found = t.final_metrics(jobs[ranked[0].index]) if ranked[0].index in jobs else {}
             new["metrics"] = [{"name": name, "value": f"{value:.6g}"} for name, value in sorted(found.items())[:64]]
@@ -92,7 +97,8 @@ class SweepDraft(Conditions):
         return counts
 
     @staticmethod
-    def _plan(sweep: HyperparameterSweep, created: int, ended: int, costs: Spent) -> Object:
+    def _plan(sweep: HyperparameterSweep, over: Sequence[Object]) -> Object:
+        """`over` are the statuses of the trials that have ended."""
         spec = sweep.spec
         plan: Object = {
             "trials": spec.num_trials,
@@ -102,10 +108,9 @@ class SweepDraft(Conditions):
         if spec.search_algorithm.grid is not None:
             plan["cells"] = sum(1 for _ in cells(spec.parameters, spec.search_algorithm.grid.points))
             plan["trials"] = min(plan["cells"], spec.num_trials)
-        if ended:
-            share = plan["trials"] / max(1, created)
-            plan["expectedActiveSeconds"] = round(costs.active_seconds * share)
-            plan["expectedGpuSeconds"] = round(costs.gpu_seconds * share)
+        for field in ("activeSeconds", "gpuSeconds") if over else ():
+            mean = statistics.fmean(int(status.get(field) or 0) for status in over)
+            plan[f"expected{field[0].upper()}{field[1:]}"] = round(mean * plan["trials"])
         return plan
 
     def _remaining(self, sweep: HyperparameterSweep, ended: int, jobs: Sequence[Object]) -> None:
@@ -113,7 +118,7 @@ class SweepDraft(Conditions):
         took = [int(job["status"].get("activeSeconds") or 0) for job in jobs if is_finished(job.get("status") or {})]
         if not took:
             return
-        left = sweep.spec.num_trials - ended - (len(jobs) - len(took)) / 2
+        left = self.new["plan"]["trials"] - ended - (len(jobs) - len(took)) / 2
         self.new["estimatedRemainingSeconds"] = max(0, round(statistics.fmean(took) * left / sweep.spec.parallel_trials))
 
     def repetitions(self, study: Study, rows: Runs, *, whole: bool) -> None:
@@ -184,6 +189,19 @@ def _summary(sweep: HyperparameterSweep, trial: Trial, job: Object | None) -> Ob
     if uri := (((job or {}).get("status") or {}).get("result") or {}).get("modelUri"):
         summary["modelUri"] = uri
     return summary
+
+
+def _bounded(top: list[Object]) -> list[Object]:
+    """The parameters of the best in any case, and of as many others as there is room for: their own objects have them as well."""
+    room, bounded = TOP_BYTES, list[Object]()
+    for number, summary in enumerate(top):
+        room -= len(json.dumps(summary)) if number else 0
+        bounded.append(summary if room > 0 else {key: value for key, value in summary.items() if key in ("trial", "value")})
+    return bounded
+
+
+TOP_BYTES = 12 * 1024
+"""Of `status.top` beside its first."""
 
 
 def _shown(value: object) -> str:

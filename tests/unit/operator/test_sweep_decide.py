@@ -251,3 +251,52 @@ def test_a_search_that_is_over_is_recorded_before_anything_follows_from_it() -> 
     assert len(made(look(raised, jobs))) == 1
     after = look({**of, "status": last.status}, jobs)
     assert [action.manifest["metadata"]["name"] for action in after.actions if isinstance(action, CreateJob)] == ["mood-closing"]
+
+
+@pytest.mark.parametrize(
+    ("constraints", "objective", "said"),
+    [
+        (
+            [{"metric": "latency", "max": 5}],
+            "loss",
+            "constraints[0].metric: no trial has reported latency; there are loss, memory",
+        ),
+        ([{"metric": "memory", "max": 5}], "loss", None),
+        ([], "score", "objective.metric: no trial has reported score; there are loss, memory"),
+    ],
+)
+def test_a_metric_that_a_script_does_not_report_is_told_at_its_first_end(
+    constraints: list[Object], objective: str, said: str | None
+) -> None:
+    # Each trial counted as one that breaks the constraint, to the last, and then: loosen them.
+    template = {"spec": {"trainer": {"image": "mine", "command": ["train"]}}}
+    rate = {"name": "rate", "env": "RATE", "searchSpace": {"uniform": {"min": 0, "max": 1}}}
+    spec = {"objective": {"metric": objective, "direction": "Minimize"}, "parameters": [rate], "constraints": constraints}
+    of = sweep(**spec, trialTemplate=template, searchAlgorithm={"random": {}})
+    begun = look(of)
+    first, second = made(begun)
+    told = {"trainerStatus": {"metrics": [{"name": "loss", "value": "1"}, {"name": "memory", "value": "2"}]}}
+    running = {**second, "status": {"state": "Running", **told}}
+    assert (
+        condition(look({**of, "status": begun.status}, [{**first, "status": told}, running]), "Running")["reason"] != "Stopping"
+    )
+    ends = [{"type": "Complete", "status": "True", "reason": "Trained"}]
+    decision = look({**of, "status": begun.status}, [{**first, "status": {**told, "conditions": ends}}, running])
+    if said is None:
+        assert decision.status["state"] == "Running"
+    else:
+        patches = [action.patch for action in decision.actions if isinstance(action, PatchTrial)]
+        assert patches == [{"spec": {"stop": True}}]
+        ended_too = {**second, "status": {**told, "conditions": ends}}
+        failed = look({**of, "status": decision.status}, [{**first, "status": {**told, "conditions": ends}}, ended_too])
+        assert condition(failed, "Failed")["message"].startswith(said)
+
+
+def test_trials_that_run_spend_the_budget_while_nobody_tells() -> None:
+    of = sweep(budget={"activeSeconds": 150}, searchAlgorithm={"random": {}})
+    begun = look(of)
+    since = [{"type": "Running", "status": "True", "lastTransitionTime": "2025-12-31T23:58:20Z"}]
+    jobs = [{**job, "status": {"state": "Running", "conditions": since}} for job in made(begun)]
+    waiting = look(of := {**of, "status": begun.status}, jobs[:1])
+    assert (waiting.status.get("finished"), waiting.requeue_after) == (None, 10.0)
+    assert look(of, jobs).status["finished"] == "BudgetSpent"
