@@ -57,7 +57,7 @@ bench-trainer: $(VENV)/dev.stamp ## the trainer's speed and quality beside Huggi
 bench-few-shot: $(VENV)/demo.stamp ## what 8, 32 and 128 examples of each class are worth, ours beside logistic regression (about 15 CPU-minutes)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/few_shot.py
 
-bench-checkpoint: $(VENV)/dev.stamp ## what a save costs training beside Hugging Face's Trainer, uploads beside boto3 (about 15 minutes)
+bench-checkpoint: $(VENV)/dev.stamp ## what a save costs training beside Hugging Face's Trainer, uploads beside boto3 (about 10 minutes)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/checkpoint.py
 
 bench-sweep: $(VENV)/dev.stamp ## the search engine beside Optuna and random search, on functions with known minima and in a real sweep (about two hours)
