@@ -28,57 +28,24 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from finetune_api.finetunejob import CheckpointStatus
 from finetune_api.report import MAX_REFUSED, Refused, Saving
 from finetune_trainer.errors import TrainingFailure
 from finetune_trainer.lineage import Lineage
-from finetune_trainer.store import Missing, Store, is_plain, sweep
+from finetune_trainer.manifests import NAME, folder_name, sealed
+from finetune_trainer.manifests import read as read_manifest
+from finetune_trainer.store import Missing, Store, sweep
 
 MANIFEST = "MANIFEST.json"
-_NAME = "step-[0-9]{8,18}-([0-9]{4,18})"
-_STEP = re.compile(f"({_NAME})/.+")
+_STEP = re.compile(f"({NAME})/.+")
 _EXECUTION = re.compile(r"executions/([0-9]+)\.json")
 MICRO_BATCH = "micro-batch.json"
 WORTH_A_COPY = 1 << 20
 """Bytes from which on a copy at the storage, two requests, is better than sending it again."""
 FILES_AT_ONCE = 4
 """Files on their way at the same time: one is hashed while another is sent, and small ones do not wait for the answer to each other."""
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    path: str
-    size: Annotated[int, Field(ge=0, lt=1 << 60)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Manifest(BaseModel):
-    """What every manifest has. Whoever can write to the bucket may have written anything."""
-
-    model_config = ConfigDict(strict=True)
-
-    step: Annotated[int, Field(ge=0, lt=1 << 60)]
-    execution: Annotated[int, Field(ge=0, lt=1 << 60)]
-    recipe: Annotated[str, Field(min_length=1)]
-    time: AwareDatetime
-    best: Annotated[str, Field(pattern=f"^{_NAME}$")] | None
-    files: list[_File]
-    sha256: str
-
-
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """With the sha256 of all that it says."""
-    said = {key: value for key, value in manifest.items() if key != "sha256"}
-    return {**said, "sha256": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
-
-
-def _folder(step: int, execution: int) -> str:
-    return f"step-{step:08d}-{execution:04d}"
 
 
 @dataclass(frozen=True)
@@ -258,14 +225,9 @@ class Checkpoints:
             return None
 
     def _manifest(self, key: str) -> dict[str, Any] | None:
-        try:
-            data = self.store.get(key)
-            told, manifest = _Manifest.model_validate_json(data), json.loads(data)
-            named = key == f"{_folder(told.step, told.execution)}/{MANIFEST}"
-            if named and manifest == sealed(manifest) and all(is_plain(file.path) for file in told.files):
-                return dict(manifest)
-        except (ValidationError, KeyError, RecursionError, ValueError):  # Missing is a KeyError
-            pass
+        with contextlib.suppress(Missing):
+            if found := read_manifest(self.store.get(key), key.removesuffix(f"/{MANIFEST}")):
+                return found
         self.log(f"checkpoint manifest {key} is not used: it is not one of ours")
         return None
 
@@ -306,7 +268,7 @@ class Checkpoints:
 
     def name(self, step: int) -> str:
         """Folder of this execution's checkpoint at this step."""
-        return _folder(step, self.execution)
+        return folder_name(step, self.execution)
 
     @property
     def busy(self) -> bool:

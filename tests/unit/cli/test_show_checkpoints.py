@@ -116,8 +116,9 @@ def test_export_of_a_corrupt_checkpoint_writes_nothing(place: Path, tmp_path: Pa
     assert not (tmp_path / "to").exists()
 
 
-def test_with_a_manifest_other_recipes_do_not_count(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = tmp_path / "job.yaml"
+def manifest_of(folder: Path, checkpoints: Path, hyperparameters: str = "{}") -> Path:
+    """A job whose checkpoints are there."""
+    manifest = folder / "job.yaml"
     manifest.write_text(
         f"""
 apiVersion: finetune.dev/v1alpha1
@@ -127,10 +128,16 @@ spec:
   task: SequenceClassification
   model: {{uri: "hf://a/b"}}
   dataset: {{uri: "s3://data/x", labels: [a, b]}}
-  checkpoint: {{storageUri: "file://{place}"}}
-  output: {{storageUri: "file://{tmp_path}/out"}}
+  hyperparameters: {hyperparameters}
+  checkpoint: {{storageUri: "file://{checkpoints}"}}
+  output: {{storageUri: "file://{folder}/out"}}
 """
     )
+    return manifest
+
+
+def test_with_a_manifest_other_recipes_do_not_count(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = manifest_of(tmp_path, place)
     assert main(["checkpoints", "-f", str(manifest), "-o", "json"]) == 0
     assert {r["standing"] for r in json.loads(capsys.readouterr().out)} == {"other recipe"}
     assert main(["checkpoints", "-f", str(manifest), "--export", "latest", "--to", str(tmp_path / "to")]) == 2
@@ -141,21 +148,7 @@ spec:
 def test_a_longer_recipe_that_would_go_on_from_it_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str, standing: str
 ) -> None:
-    manifest = tmp_path / "job.yaml"
-    manifest.write_text(
-        f"""
-apiVersion: finetune.dev/v1alpha1
-kind: FineTuneJob
-metadata: {{name: a}}
-spec:
-  task: SequenceClassification
-  model: {{uri: "hf://a/b"}}
-  dataset: {{uri: "s3://data/x", labels: [a, b]}}
-  hyperparameters: {{epochs: 3, schedule: {{type: {schedule}}}}}
-  checkpoint: {{storageUri: "file://{tmp_path}/at"}}
-  output: {{storageUri: "file://{tmp_path}/out"}}
-"""
-    )
+    manifest = manifest_of(tmp_path, tmp_path / "at", f"{{epochs: 3, schedule: {{type: {schedule}}}}}")
     recipe = load_job(manifest.read_text()).spec.recipe()
     lineage = Lineage.of(recipe, 100)
     made = Checkpoints(FolderStore(tmp_path / "at"), tmp_path / "s", lineage, keep_last=2, overwrite=False, log=lambda _: None)

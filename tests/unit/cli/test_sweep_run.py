@@ -173,6 +173,18 @@ urllib.request.urlopen(urllib.request.Request(url, data=body, headers={"Content-
 """
 
 
+def _scripts(place: Place, told: Path, trials: int) -> Path:
+    """A sweep of scripts instead of trainers; each start of one is a line in `told`."""
+    place.bucket.mkdir(parents=True)
+    return place.manifest(
+        objective={"metric": "score", "direction": "Minimize"},
+        parameters=[{"name": "rate", "env": "RATE", "searchSpace": {"logUniform": {"min": 1e-6, "max": 1e-2}}}],
+        pruneAlgorithm={"none": {}},
+        numTrials=trials,
+        trialTemplate={"spec": {"trainer": {"command": [sys.executable, "-c", SCRIPT, str(told)]}}},
+    )
+
+
 def _lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
@@ -182,14 +194,7 @@ def _lines(file: Path) -> list[str]:
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     """Scripts instead of trainers, so that there are many deaths: no trial is lost or chosen again, no attempt has the number of another."""
     place, told = Place(tmp_path), tmp_path / "told.jsonl"
-    place.bucket.mkdir(parents=True)
-    file = place.manifest(
-        objective={"metric": "score", "direction": "Minimize"},
-        parameters=[{"name": "rate", "env": "RATE", "searchSpace": {"logUniform": {"min": 1e-6, "max": 1e-2}}}],
-        pruneAlgorithm={"none": {}},
-        numTrials=14,
-        trialTemplate={"spec": {"trainer": {"command": [sys.executable, "-c", SCRIPT, str(told)]}}},
-    )
+    file = _scripts(place, told, 14)
     chance, kept = random.Random(1), dict[str, Any]()
     for death in range(6):
         with place.start(file) as host:
@@ -217,14 +222,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
 def test_what_a_script_says_just_before_its_end_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reports and ends between two looks of the host: in the time that the host takes to write its files down."""
     place = Place(tmp_path)
-    place.bucket.mkdir(parents=True)
-    file = place.manifest(
-        objective={"metric": "score", "direction": "Minimize"},
-        parameters=[{"name": "rate", "env": "RATE", "searchSpace": {"logUniform": {"min": 1e-6, "max": 1e-2}}}],
-        pruneAlgorithm={"none": {}},
-        numTrials=2,
-        trialTemplate={"spec": {"trainer": {"command": [sys.executable, "-c", SCRIPT, str(tmp_path / "told.jsonl")]}}},
-    )
+    file = _scripts(place, tmp_path / "told.jsonl", 2)
     take = ProgressServer.take
 
     def slow(server: ProgressServer, uids: dict[str, str]) -> dict[str, Any]:
